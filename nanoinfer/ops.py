@@ -1,0 +1,201 @@
+"""The engine's ops: one schema each, one typed wrapper each; the dispatcher picks the kernel.
+
+This file owns the schemas. `_C` (csrc/) only implements them for CPU and CUDA; where it lacks an op for a device,
+the plain-torch version in `reference.py` takes its place, so the package runs, slowly, without any kernel.
+"""
+
+import importlib
+import importlib.util
+import logging
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanoinfer import reference
+
+logger = logging.getLogger("nanoinfer")
+
+SCHEMAS = {
+    "prepare_batch": "(Tensor header, Tensor new_rows, Tensor edits, Tensor chunks, Tensor new_tokens, "
+    "Tensor(a!) row_state, Tensor(b!) block_tables, Tensor(c!) slot_tokens, Tensor(d!) tokens, Tensor(e!) positions, "
+    "Tensor(f!) slots, Tensor(g!) q_starts, Tensor(h!) kv_lens, Tensor(i!) rows, Tensor(j!) logit_rows, "
+    "Tensor(k!) sample_rows, int block_size) -> ()",
+    "rms_norm": "(Tensor x, Tensor weight, float eps) -> Tensor",
+    "add_rms_norm": "(Tensor x, Tensor(a!) residual, Tensor weight, float eps) -> Tensor",
+    "silu_and_mul": "(Tensor x) -> Tensor",
+    "rotary": "(Tensor(a!) x, Tensor positions, Tensor cos_sin, bool interleaved) -> ()",
+    "store_kv": "(Tensor k, Tensor v, Tensor(a!) kv, Tensor slots) -> ()",
+    "rotary_store_kv": "(Tensor(a!) q, Tensor k, Tensor v, Tensor(b!) kv, Tensor positions, Tensor slots, "
+    "Tensor cos_sin, bool interleaved) -> ()",
+    "paged_attention": "(Tensor q, Tensor kv, Tensor q_starts, Tensor kv_lens, Tensor rows, Tensor block_tables, "
+    "float scale, int window) -> Tensor",
+    "thin_linear": "(Tensor x, Tensor weight, Tensor? bias, bool float_out) -> Tensor",
+    "penalize": "(Tensor(a!) logits, Tensor sample_rows, Tensor row_state, Tensor block_tables, Tensor slot_tokens, "
+    "int block_size) -> ()",
+    "sample": "(Tensor logits, Tensor sample_rows, Tensor(a!) row_state, Tensor(b!) tokens, int vocab_size) -> ()",
+}
+
+# Shapes and dtypes of results, for tracing; an op that is not here returns nothing.
+FAKES: dict[str, Callable[..., Tensor]] = {
+    "rms_norm": lambda x, weight, eps: x.new_empty(x.shape),
+    "add_rms_norm": lambda x, residual, weight, eps: x.new_empty(x.shape),
+    "silu_and_mul": lambda x: x.new_empty((x.shape[0], x.shape[1] // 2)),
+    "paged_attention": lambda q, *rest: q.new_empty(q.shape),
+    "thin_linear": lambda x, weight, bias, float_out: x.new_empty(
+        (x.shape[0], weight.shape[0]), dtype=torch.float32 if float_out else x.dtype
+    ),
+}
+
+# Up to this many rows `thin_linear` reads the weights faster than the library's matrix product does.
+THIN_ROWS = 16
+
+
+def _load_extension() -> str | None:
+    """Load the compiled kernels; why they are missing, or None."""
+    if importlib.util.find_spec("nanoinfer._C") is None:
+        return "the extension is not built (pip install -e . with a C++ compiler builds it)"
+    try:
+        importlib.import_module("nanoinfer._C")
+    except (ImportError, OSError) as error:
+        return f"the extension does not load: {error}"
+    return None
+
+
+def has_kernel(name: str, device: str) -> bool:
+    """Whether something implements op `name` for `device`, "CPU" or "CUDA"."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"nanoinfer::{name}", device))
+
+
+def _register() -> tuple[torch.library.Library, frozenset[tuple[str, str]]]:
+    """Define every op, load the kernels, fill the gaps; the library and the (op, device) pairs that have a kernel."""
+    library = torch.library.Library("nanoinfer", "DEF")
+    for name, schema in SCHEMAS.items():
+        library.define(name + schema)
+        torch.library.register_fake(f"nanoinfer::{name}", FAKES.get(name, lambda *args: None), lib=library)
+    if missing := _load_extension():
+        logger.warning("nanoinfer runs on plain torch, slowly: %s", missing)
+    pairs = [(name, device) for name in SCHEMAS for device in ("CPU", "CUDA")]
+    compiled = frozenset(pair for pair in pairs if has_kernel(*pair))
+    for name, device in set(pairs) - compiled:
+        library.impl(name, getattr(reference, name), device)
+    return library, compiled
+
+
+_library, COMPILED = _register()
+_ops = torch.ops.nanoinfer
+
+
+def prepare_batch(
+    header: Tensor, new_rows: Tensor, edits: Tensor, chunks: Tensor, new_tokens: Tensor,
+    row_state: Tensor, block_tables: Tensor, slot_tokens: Tensor,
+    tokens: Tensor, positions: Tensor, slots: Tensor, q_starts: Tensor, kv_lens: Tensor, rows: Tensor,
+    logit_rows: Tensor, sample_rows: Tensor, block_size: int,
+) -> None:  # fmt: skip
+    """Apply one step's message to the table of requests, then write the step's Batch. Everything is int32.
+
+    The message: header [4] counts its entries: new rows, edits, chunks, tokens; entries past a count are ignored.
+    new_rows [N, 1 + ROW_STATE_WIDTH] is (row, its initial state); edits [E, 3] is (row, index, block); chunks [C, 4]
+    is (row, start, end, flags), see `row_state.py`; new_tokens [M] holds the chunks' token ids one chunk after the
+    other, -1 for the row's last token.
+
+    The table, edited in place: row_state [rows, ROW_STATE_WIDTH], block_tables [rows, blocks per sequence],
+    slot_tokens [slots] (the token whose K and V a slot holds). The last row belongs to no request.
+
+    The rest is the Batch's fields (see `batch.py`), written whole: entries past the step's counts become padding.
+    Raises RuntimeError where a count, row, index, block, position or flag is out of range, before anything is written.
+    """
+    _ops.prepare_batch(
+        header, new_rows, edits, chunks, new_tokens, row_state, block_tables, slot_tokens,
+        tokens, positions, slots, q_starts, kv_lens, rows, logit_rows, sample_rows, block_size,
+    )  # fmt: skip
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich, 2019). x [T, D], weight [D]."""
+    return _ops.rms_norm(x, weight, eps)  # type: ignore[no-any-return]
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """residual += x in place, then rms_norm of the sum as stored. x, residual [T, D], weight [D]."""
+    return _ops.add_rms_norm(x, residual, weight, eps)  # type: ignore[no-any-return]
+
+
+def silu_and_mul(x: Tensor) -> Tensor:
+    """silu(gate) * up (SwiGLU, Shazeer, 2020). x [T, 2 I], the gates first -> [T, I]."""
+    return _ops.silu_and_mul(x)  # type: ignore[no-any-return]
+
+
+def rotary(x: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool = False) -> None:
+    """Rotate x [T, H, D] in place by the angles of its positions (RoFormer, Su et al., 2021).
+
+    positions [T] int32; cos_sin [P, R] float32, R <= D: cosines in the first half of a row, sines in the second.
+    Element i is paired with i + R / 2 (Qwen2, Llama), or 2 i with 2 i + 1 where interleaved (GPT-J).
+    """
+    _ops.rotary(x, positions, cos_sin, interleaved)
+
+
+def store_kv(k: Tensor, v: Tensor, kv: Tensor, slots: Tensor) -> None:
+    """Write k, v [T, Hkv, D] to the slots [T] (int32, -1: skip) of kv [blocks, 2, Hkv, block_size, D]."""
+    _ops.store_kv(k, v, kv, slots)
+
+
+def rotary_store_kv(
+    q: Tensor, k: Tensor, v: Tensor, kv: Tensor, positions: Tensor, slots: Tensor, cos_sin: Tensor,
+    interleaved: bool = False,
+) -> None:  # fmt: skip
+    """`rotary` on q [T, Hq, D] in place and on k, then `store_kv` of the rotated k and of v; k itself stays."""
+    _ops.rotary_store_kv(q, k, v, kv, positions, slots, cos_sin, interleaved)
+
+
+def paged_attention(
+    q: Tensor, kv: Tensor, q_starts: Tensor, kv_lens: Tensor, rows: Tensor, block_tables: Tensor,
+    scale: float, window: int = 0,
+) -> Tensor:  # fmt: skip
+    """Causal attention of every chunk of a step to its sequence's paged K and V; any mix of chunk lengths.
+
+    q [T, Hq, D]; kv [blocks, 2, Hkv, block_size, D]; the rest as in Batch. Query i of chunk r stands at position
+    kv_lens[r] - (chunk length) + i and sees keys up to its own, its own included, and of these only the last
+    `window` where window > 0. Returns [T, Hq, D]; tokens that belong to no chunk are left unwritten.
+    """
+    return _ops.paged_attention(q, kv, q_starts, kv_lens, rows, block_tables, scale, window)  # type: ignore[no-any-return]
+
+
+def thin_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, float_out: bool = False) -> Tensor:
+    """x @ weight.T + bias with float32 sums, for few rows. x [M, K], M <= THIN_ROWS; weight [N, K]; bias [N].
+
+    Returns [M, N] of x's dtype, or float32 where float_out.
+    """
+    return _ops.thin_linear(x, weight, bias, float_out)  # type: ignore[no-any-return]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, float_out: bool = False) -> Tensor:
+    """`thin_linear` where that is faster, the library's matrix product elsewhere. x [M, K] -> [M, N]."""
+    if x.shape[0] <= THIN_ROWS and x.dtype != torch.float32 and ("thin_linear", x.device.type.upper()) in COMPILED:
+        return thin_linear(x, weight, bias, float_out)
+    out = F.linear(x, weight, bias)
+    return out.float() if float_out else out
+
+
+def penalize(
+    logits: Tensor, sample_rows: Tensor, row_state: Tensor, block_tables: Tensor, slot_tokens: Tensor, block_size: int
+) -> None:
+    """Repetition penalty in place (CTRL, Keskar et al., 2019): ids the row already holds lose, each once.
+
+    logits [L, V] float32: a positive one is divided by the row's REPETITION_PENALTY, another multiplied. The row's
+    ids are the slot_tokens of its first LENGTH positions.
+    """
+    _ops.penalize(logits, sample_rows, row_state, block_tables, slot_tokens, block_size)
+
+
+def sample(logits: Tensor, sample_rows: Tensor, row_state: Tensor, tokens: Tensor, vocab_size: int) -> None:
+    """Choose the next token of each row by its parameters in row_state, and make it the row's last token.
+
+    logits [L, V] float32; sample_rows [L]; tokens [L] int32 is written: an id below vocab_size, or -1 for padding rows
+    and where the logits are not finite (a NaN among them, or a largest one that is infinite). Temperature 0 takes the
+    largest logit, the lowest id among equals. Otherwise probabilities of logits / temperature are cut by min_p, top_k
+    and top_p in this order (equal logits stay or go together) and the id is where their running sum passes one
+    uniform number, which depends on the row's seed and length alone. Adds 1 to the row's LENGTH.
+    """
+    _ops.sample(logits, sample_rows, row_state, tokens, vocab_size)
