@@ -1,0 +1,191 @@
+"""LLMEngine: requests in, steps, outputs out. It knows nothing of HTTP, threads or asyncio."""
+
+import logging
+from collections import deque
+from collections.abc import Iterable
+from pathlib import Path
+from typing import cast
+
+from nanoinfer.engine.block_manager import BlockManager
+from nanoinfer.engine.model_runner import StepHandle
+from nanoinfer.engine.requests import Request, make_request
+from nanoinfer.engine.scheduler import Scheduler
+from nanoinfer.engine.sequence import Chunk, Sequence
+from nanoinfer.engine.startup import start
+from nanoinfer.engine_config import EngineConfig
+from nanoinfer.errors import EngineDead, InvalidRequest
+from nanoinfer.inputs import PromptType
+from nanoinfer.outputs import CompletionOutput, RequestOutput
+from nanoinfer.sampling_params import SamplingParams
+from nanoinfer.utils.interrupts import deferred_interrupt
+
+logger = logging.getLogger("nanoinfer")
+
+
+class LLMEngine:
+    """Continuous batching over one model: `add_request`, then `step` while `has_unfinished_requests`.
+
+    Takes the options of EngineConfig, with vLLM's names. Raises InvalidRequest or TypeError for a wrong option,
+    ModelLoadError for a wrong model.
+    """
+
+    def __init__(self, model: str | Path, **options: object) -> None:
+        self.config = config = EngineConfig.from_options(model, **options)
+        # A finished request keeps its row until its last launched step is committed, hence twice as many.
+        num_rows = 2 * config.max_num_seqs
+        parts = start(config, num_rows)
+        self.model_config, self.limits = parts.model_config, parts.limits
+        self.tokenizer, self.tokenizer_folder = parts.tokenizer, parts.folder
+        self.runner = parts.runner
+        self.blocks = BlockManager(
+            parts.cache.num_blocks, parts.cache.block_size, config.enable_prefix_caching is not False
+        )
+        self.scheduler = Scheduler(self.blocks, config.max_num_seqs, parts.max_num_batched_tokens, num_rows)
+        asynchronous = parts.traits.asynchronous if config.async_scheduling is None else config.async_scheduling
+        self.steps_ahead = int(asynchronous)
+        self.launched: deque[StepHandle] = deque()
+        self.sequences: dict[str, Sequence] = {}
+        self.held: list[RequestOutput] = []
+        self.num_requests = 0
+        self.dead: str | None = None
+
+    def add_request(
+        self, *args: object, request_id: str | None = None, prompt: PromptType | None = None,
+        params: SamplingParams | None = None, sampling_params: SamplingParams | None = None,
+    ) -> str:  # fmt: skip
+        """Queue a request: `add_request(prompt, sampling_params)` or `add_request(request_id, prompt, params)`.
+
+        The first positional argument is an id only where all three are given. Without parameters the model's own
+        defaults hold. Returns the id. Raises InvalidRequest, and nothing is queued then.
+        """
+        params = params or sampling_params
+        names = ["request_id", "prompt", "params"] if len(args) + (params is not None) == 3 else ["prompt", "params"]
+        if len(args) > len(names):
+            raise TypeError(f"add_request takes (request_id, prompt, params), got {len(args)} positional arguments")
+        given = {"request_id": request_id, "prompt": prompt, "params": params} | dict(zip(names, args, strict=False))
+        request = self.check(cast(PromptType, given["prompt"]), cast("SamplingParams | None", given["params"]))
+        return self.enqueue(request, cast("str | None", given["request_id"]))
+
+    def check(self, prompt: PromptType, params: SamplingParams | None = None) -> Request:
+        """The request, validated; nothing is queued. Raises InvalidRequest, EngineDead."""
+        if self.dead:
+            raise EngineDead(self.dead)
+        return make_request(prompt, params or self.default_sampling_params(), self.tokenizer, self.limits)
+
+    def enqueue(self, request: Request, request_id: str | None = None) -> str:
+        """Queue a checked request under an id of its own. Raises InvalidRequest where a live one has that id."""
+        index = self.num_requests
+        request_id = str(index) if request_id is None else request_id
+        if request_id in self.sequences:
+            raise InvalidRequest(f"request_id {request_id!r} belongs to an unfinished request")
+        params = request.params
+        eos = () if params.ignore_eos else self.model_config.eos_token_ids
+        seq = Sequence(
+            request_id, index, request.token_ids.copy(), len(request.token_ids), params, request.max_length,
+            frozenset(eos).union(params.stop_token_ids or ()),
+            # Without a seed of its own, a request gets one from the engine's and its number.
+            int(params.seed) if params.seed is not None else (self.config.seed << 32) + index,
+            request.prompt, request.cache_salt,
+        )  # fmt: skip
+        self.num_requests += 1
+        self.sequences[request_id] = seq
+        self.scheduler.add(seq)
+        return request_id
+
+    def default_sampling_params(self) -> SamplingParams:
+        """What the model's generation_config.json recommends."""
+        defaults = self.model_config.generation
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        options = {name: getattr(defaults, name) for name in names} | {"max_tokens": defaults.max_new_tokens}
+        return SamplingParams(**{name: value for name, value in options.items() if value is not None})
+
+    def abort_request(self, request_ids: str | Iterable[str]) -> None:
+        """End requests now; unknown and finished ids are ignored. Their output is not returned."""
+        for request_id in [request_ids] if isinstance(request_ids, str) else list(request_ids):
+            if seq := self.sequences.pop(request_id, None):
+                self.scheduler.abort(seq)
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.sequences or self.launched or self.held)
+
+    def is_finished(self) -> bool:
+        return not self.has_unfinished_requests()
+
+    def get_num_unfinished_requests(self) -> int:
+        return len(self.sequences)
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes; False while a request runs."""
+        return self.blocks.reset_prefix_cache()
+
+    def step(self) -> list[RequestOutput]:
+        """Launch the next step and commit the one before; the requests that finished.
+
+        Ctrl-C waits for the step's end. Where a step fails, the requests in it finish with reason "error".
+        """
+        if self.dead:
+            raise EngineDead(self.dead)
+        try:
+            with deferred_interrupt():
+                before = len(self.launched)
+                finished = self._launch()
+                # One step stays in flight while new ones follow it.
+                ahead = self.steps_ahead if len(self.launched) > before else 0
+                while len(self.launched) > ahead:
+                    finished += self._commit()
+        except BaseException as error:
+            self.dead = f"a step was cut off half-way by {error!r}"
+            raise
+        for seq in finished:
+            del self.sequences[seq.request_id]
+        held, self.held = self.held, []
+        return held + [self._output(seq) for seq in finished]
+
+    def hold(self, output: RequestOutput) -> None:
+        """Keep an output that a caller of `step` did not ask for, for the next caller."""
+        self.held.append(output)
+
+    def _launch(self) -> list[Sequence]:
+        chunks = self.scheduler.schedule()
+        assert chunks or self.launched or not self.sequences, "unfinished requests, and nothing to run"
+        if chunks:
+            try:
+                self.launched.append(self.runner.launch(chunks))
+            except Exception as error:
+                return self._fail(chunks, error)
+        return []
+
+    def _commit(self) -> list[Sequence]:
+        handle = self.launched.popleft()
+        try:
+            tokens = handle.tokens()
+        except Exception as error:
+            failed = self._fail(handle.chunks, error)
+            for later in self.launched:
+                self.scheduler.roll_back(later.chunks)
+            self.launched.clear()
+            return failed
+        return self.scheduler.commit(handle.chunks, tokens)
+
+    def _fail(self, chunks: list[Chunk], error: Exception) -> list[Sequence]:
+        logger.error("a step of %d requests failed: %r", len(chunks), error, exc_info=error)
+        self.runner.table.forget()
+        return self.scheduler.fail(chunks, f"the step failed: {error!r}")
+
+    def _output(self, seq: Sequence) -> RequestOutput:
+        ids, text = seq.output_tokens, ""
+        if self.tokenizer and seq.params.detokenize:
+            shown = ids[:-1] if seq.finish_reason == "stop" else ids  # what ended the text is no part of it
+            text = self.tokenizer.decode(shown, seq.params.skip_special_tokens)
+        return RequestOutput(
+            seq.request_id, seq.prompt, seq.tokens[: seq.num_prompt_tokens],
+            [CompletionOutput(0, text, ids, seq.finish_reason, seq.stop_reason)],
+            finished=seq.finish_reason is not None, num_cached_tokens=seq.num_cached_tokens, error=seq.error,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Give the weights and the KV pool back; the engine serves nothing any more. Closing twice is fine."""
+        self.dead = "the engine is closed"
+        self.sequences.clear()
+        self.launched.clear()
+        self.runner.close()

@@ -1,0 +1,108 @@
+"""From what a user passes to a validated request: refused here, with field, value and limit, or never."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+
+from nanoinfer.errors import InvalidRequest
+from nanoinfer.inputs import PromptType
+from nanoinfer.sampling_params import SamplingParams
+from nanoinfer.utils.tokenizer import Tokenizer
+
+PROMPT_KEYS = {"prompt", "prompt_token_ids", "cache_salt"}
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one request may have: fixed once the KV pool is sized."""
+
+    vocab_size: int
+    max_model_len: int  # prompt and output tokens together
+    pool_tokens: int  # tokens that the whole KV pool holds
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A prompt and parameters that can be served."""
+
+    prompt: str | None
+    token_ids: list[int]
+    params: SamplingParams
+    cache_salt: str
+    max_length: int
+
+
+def make_request(prompt: PromptType, params: SamplingParams, tokenizer: Tokenizer | None, limits: Limits) -> Request:
+    """Check a prompt and its parameters against the limits. Raises InvalidRequest."""
+    if not isinstance(params, SamplingParams):
+        raise InvalidRequest(f"sampling_params must be a SamplingParams, got {params!r}")
+    text, ids, salt = _unpack(prompt)
+    token_ids = _encode(str(text), tokenizer, limits) if ids is None else _checked_ids(ids, limits.vocab_size)
+    _check_length(len(token_ids), limits)
+    for token in params.stop_token_ids or ():
+        if token >= limits.vocab_size:
+            raise InvalidRequest(f"stop_token_ids holds {token}; the vocabulary has {limits.vocab_size} ids")
+    end = limits.max_model_len if params.max_tokens is None else len(token_ids) + params.max_tokens
+    return Request(text, token_ids, params, salt, min(end, limits.max_model_len, limits.pool_tokens))
+
+
+def _unpack(prompt: PromptType) -> tuple[str | None, object | None, str]:
+    """Text, token ids (unchecked) and cache salt of any form of prompt; text or ids is there."""
+    if isinstance(prompt, str):
+        return prompt, None, ""
+    if not isinstance(prompt, Mapping):
+        return None, prompt, ""
+    if unknown := prompt.keys() - PROMPT_KEYS:
+        raise InvalidRequest(f"prompt has unknown keys {sorted(unknown)}; it may have {sorted(PROMPT_KEYS)}")
+    text, ids, salt = (prompt.get(key) for key in ("prompt", "prompt_token_ids", "cache_salt"))
+    if text is None and ids is None:
+        raise InvalidRequest("prompt must hold 'prompt' or 'prompt_token_ids'")
+    for key, value in (("prompt", text), ("cache_salt", salt)):
+        if value is not None and not isinstance(value, str):
+            raise InvalidRequest(f"{key} must be a string, got {value!r}")
+    return cast("str | None", text), ids, cast("str | None", salt) or ""
+
+
+def _checked_ids(ids: object, vocab_size: int) -> list[int]:
+    """The ids as plain integers in [0, vocab_size)."""
+    if isinstance(ids, np.ndarray) and ids.ndim == 1 and ids.dtype.kind in "iu":
+        values: list[int] = ids.tolist()
+    elif isinstance(ids, (list, tuple)) and all(type(i) is int or isinstance(i, np.integer) for i in ids):
+        values = [int(i) for i in ids]
+    else:
+        raise InvalidRequest(f"prompt must be a string or a list of token ids (integers), got {_shown(ids)}")
+    for place in (min, max) if values else ():
+        if not 0 <= place(values) < vocab_size:
+            raise InvalidRequest(f"prompt token id {place(values)} is out of vocabulary: ids are 0 to {vocab_size - 1}")
+    return values
+
+
+def _encode(text: str, tokenizer: Tokenizer | None, limits: Limits) -> list[int]:
+    if tokenizer is None:
+        raise InvalidRequest("prompt is text, but skip_tokenizer_init=True: pass token ids")
+    if len(text) > limits.max_model_len * tokenizer.longest_token:  # refused before minutes of tokenizing
+        most = limits.max_model_len * tokenizer.longest_token
+        raise InvalidRequest(f"prompt of {len(text)} characters: {limits.max_model_len} tokens hold {most} at most")
+    return _checked_ids(tokenizer.encode(text), limits.vocab_size)
+
+
+def _check_length(length: int, limits: Limits) -> None:
+    if length == 0:
+        raise InvalidRequest("prompt is empty: it needs at least 1 token")
+    if length + 1 > limits.max_model_len:
+        raise InvalidRequest(
+            f"prompt of {length} tokens: with at least 1 output token it must fit max_model_len = "
+            f"{limits.max_model_len}"
+        )
+    if length + 1 > limits.pool_tokens:
+        raise InvalidRequest(
+            f"prompt of {length} tokens: with at least 1 output token it must fit the KV pool of {limits.pool_tokens} "
+            "tokens; raise kv_cache_memory_bytes or num_gpu_blocks_override"
+        )
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

@@ -1,0 +1,115 @@
+"""From EngineConfig to parts that fit each other: model, KV pool, tokenizer, limits. Refusals come before loading."""
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from nanoinfer.config import ModelConfig
+from nanoinfer.engine.model_runner import GIB, CacheShape, DeviceTraits, ModelRunner, device_traits
+from nanoinfer.engine.requests import Limits
+from nanoinfer.engine_config import EngineConfig
+from nanoinfer.errors import InvalidRequest
+from nanoinfer.models import MODELS
+from nanoinfer.utils.loader import load_model, resolve_model
+from nanoinfer.utils.parallel import TP
+from nanoinfer.utils.tokenizer import Tokenizer, load_tokenizer
+
+logger = logging.getLogger("nanoinfer")
+
+DEFAULT_BLOCK_SIZE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What an engine is made of."""
+
+    model_config: ModelConfig
+    tokenizer: Tokenizer | None
+    folder: Path  # of the tokenizer's files
+    runner: ModelRunner
+    traits: DeviceTraits
+    cache: CacheShape
+    limits: Limits
+    max_num_batched_tokens: int
+
+
+def start(config: EngineConfig, num_rows: int) -> Parts:
+    """Load a model and size its KV pool. num_rows: rows of the table of requests."""
+    path = resolve_model(config.model, revision=config.revision)
+    model_config = ModelConfig.from_dir(path)
+    device, dtype = config.resolve_device(), config.resolve_dtype(model_config.dtype)
+    folder = resolve_model(config.tokenizer, revision=None) if config.tokenizer else path
+    tokenizer = None if config.skip_tokenizer_init else load_tokenizer(folder)
+    traits = device_traits(device, dtype, config.gpu_memory_utilization)
+    cache = _plan_cache(config, model_config, dtype, traits)
+    limits = _plan_limits(config, model_config, cache)
+    model = _load(config, model_config, path, device, dtype)
+    max_tokens = config.max_num_batched_tokens or traits.max_num_batched_tokens
+    runner = ModelRunner(
+        model, cache, vocab_size=min(model_config.vocab_size, tokenizer.size if tokenizer else 2**31),
+        num_rows=num_rows, max_chunks=min(config.max_num_seqs, max_tokens), max_tokens=max_tokens,
+        blocks_per_row=-(-limits.max_model_len // cache.block_size), device=device,
+    )  # fmt: skip
+    return Parts(model_config, tokenizer, folder, runner, traits, cache, limits, max_tokens)
+
+
+def _load(
+    config: EngineConfig, model_config: ModelConfig, path: Path, device: torch.device, dtype: torch.dtype
+) -> nn.Module:
+    began = time.perf_counter()
+    model = load_model(
+        path, model_config, device=device, dtype=dtype, tp=TP(), max_length=model_config.max_length,
+        load_format=config.load_format, seed=config.seed,
+    )  # fmt: skip
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    logger.info("loaded %s: %.2f GiB of %s in %.1f s", path, weights / GIB, dtype, time.perf_counter() - began)
+    return model
+
+
+def _weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    model = MODELS[config.architecture](
+        config, device=torch.device("meta"), dtype=dtype, tp=TP(), max_length=config.max_length
+    )
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def _plan_cache(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, traits: DeviceTraits) -> CacheShape:
+    """The KV pool: as asked, else a share of the memory that the weights leave."""
+    block_size = config.block_size or DEFAULT_BLOCK_SIZE
+    if block_size % traits.block_multiple:
+        raise InvalidRequest(f"block_size must be a multiple of {traits.block_multiple} here, got {block_size}")
+    block_bytes = CacheShape(model.num_layers, 1, model.num_kv_heads, block_size, model.head_dim, dtype).block_bytes
+    weights = _weight_bytes(model, dtype)
+    free = traits.free_bytes - weights
+    pool = config.kv_cache_memory_bytes or min(traits.max_pool_bytes, int(free * traits.pool_share))
+    num_blocks = config.num_gpu_blocks_override or pool // block_bytes
+    if num_blocks <= 0 or num_blocks * block_bytes > free:
+        raise InvalidRequest(
+            f"too little memory: {traits.free_bytes / GIB:.2f} GiB are available, the weights take "
+            f"{weights / GIB:.2f} GiB, and the KV pool is to have {max(num_blocks, 1)} blocks of {block_bytes} bytes "
+            f"({max(num_blocks, 1) * block_bytes / GIB:.2f} GiB)"
+        )
+    num_blocks = min(num_blocks, (2**31 - 1) // block_size)  # slots are int32
+    logger.info("KV pool: %d tokens, %.2f GiB", num_blocks * block_size, num_blocks * block_bytes / GIB)
+    return CacheShape(model.num_layers, num_blocks, model.num_kv_heads, block_size, model.head_dim, dtype)
+
+
+def _plan_limits(config: EngineConfig, model: ModelConfig, cache: CacheShape) -> Limits:
+    """max_model_len: as asked, else the model's; refused where the pool could not hold one such request."""
+    pool_tokens = cache.num_blocks * cache.block_size
+    asked = config.max_model_len
+    if asked == -1:
+        return Limits(model.vocab_size, min(model.max_length, pool_tokens), pool_tokens)
+    if asked is not None and asked > model.max_length:
+        raise InvalidRequest(f"max_model_len = {asked} is longer than the model's {model.max_length} positions")
+    length = asked or model.max_length
+    if length > pool_tokens:
+        raise InvalidRequest(
+            f"max_model_len = {length}, but the KV pool holds {pool_tokens} tokens: pass max_model_len={pool_tokens} "
+            "(or -1 for what fits), or raise kv_cache_memory_bytes or num_gpu_blocks_override"
+        )
+    return Limits(model.vocab_size, length, pool_tokens)

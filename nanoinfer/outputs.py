@@ -1,0 +1,37 @@
+"""What a request gives back."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionOutput:
+    """One generated continuation."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None  # "stop", "length", "abort" or "error"; None while it runs
+    stop_reason: int | None = None  # the stop_token_ids entry that ended it; None for end-of-sequence
+
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """A request with what it has generated. `out["text"]` and `out["token_ids"]` read its first completion."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    num_cached_tokens: int = 0  # prompt tokens whose KV came from the prefix cache
+    error: str | None = None  # why finish_reason is "error"
+
+    def __getitem__(self, key: str) -> str | list[int]:
+        if key == "text":
+            return self.outputs[0].text
+        if key == "token_ids":
+            return self.outputs[0].token_ids
+        raise KeyError(f"{key!r}; a RequestOutput has 'text' and 'token_ids'")

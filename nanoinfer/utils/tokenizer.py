@@ -1,0 +1,82 @@
+"""Text to token ids and back, without importing transformers where tokenizer.json is there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from nanoinfer.errors import InvalidRequest, ModelLoadError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as JsonTokenizer
+    from transformers import PreTrainedTokenizerBase
+
+
+class Tokenizer(Protocol):
+    """What the engine asks of a tokenizer."""
+
+    size: int  # ids from this on belong to no token
+    longest_token: int  # characters
+
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str: ...
+
+
+class FastTokenizer:
+    """A tokenizer.json, read by the tokenizers library: importing transformers can take 9 s on a cold machine."""
+
+    def __init__(self, path: Path) -> None:
+        from tokenizers import Tokenizer as JsonTokenizer
+
+        try:
+            self.tokenizer: JsonTokenizer = JsonTokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception for any malformed file
+            raise ModelLoadError(f"{path} is not a tokenizer file: {error}") from error
+        vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
+        self.size = max(vocabulary.values()) + 1
+        self.longest_token = max(map(len, vocabulary))
+
+    def encode(self, text: str) -> list[int]:
+        try:
+            return list(self.tokenizer.encode(text).ids)
+        except (TypeError, UnicodeEncodeError) as error:
+            raise InvalidRequest(f"prompt is not valid Unicode text: {error}") from error
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
+
+
+class SlowTokenizer:
+    """A folder with any other tokenizer files, read by transformers."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tokenizer = load_hf_tokenizer(folder)
+        vocabulary = self.tokenizer.get_vocab()
+        self.size = max(vocabulary.values()) + 1
+        self.longest_token = max(map(len, vocabulary))
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text))
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The folder's tokenizer; ModelLoadError where it has none."""
+    path = folder / "tokenizer.json"
+    return FastTokenizer(path) if path.exists() else SlowTokenizer(folder)
+
+
+def load_hf_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer as transformers has it, chat template included."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(
+            f"{folder} holds no tokenizer ({error}); pass tokenizer=FOLDER, or skip_tokenizer_init=True to work "
+            "with token ids"
+        ) from error
