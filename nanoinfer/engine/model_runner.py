@@ -76,7 +76,7 @@ class StepHandle:
 
     def tokens(self) -> list[int]:
         """One token for each chunk that samples, in order; -1 where logits were not finite. Waits for the step."""
-        return self.sampled.tolist()  # type: ignore[no-any-return]
+        return self.sampled.tolist()
 
 
 class ModelRunner:
