@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from nanoinfer.config import ModelConfig
 from nanoinfer.engine.model_runner import GIB, CacheShape, DeviceTraits, ModelRunner, device_traits
 from nanoinfer.engine.requests import Limits
 from nanoinfer.engine_config import EngineConfig
 from nanoinfer.errors import InvalidRequest
-from nanoinfer.models import MODELS
-from nanoinfer.utils.loader import load_model, resolve_model
+from nanoinfer.models import MODELS, CausalLM
+from nanoinfer.utils.hub import resolve_model
+from nanoinfer.utils.loader import load_model
 from nanoinfer.utils.parallel import TP
 from nanoinfer.utils.tokenizer import Tokenizer, load_tokenizer
 
@@ -39,10 +39,10 @@ class Parts:
 
 def start(config: EngineConfig, num_rows: int) -> Parts:
     """Load a model and size its KV pool. num_rows: rows of the table of requests."""
-    path = resolve_model(config.model, revision=config.revision)
+    path = resolve_model(config.model, config.revision, weights=config.load_format != "dummy")
     model_config = ModelConfig.from_dir(path)
     device, dtype = config.resolve_device(), config.resolve_dtype(model_config.dtype)
-    folder = resolve_model(config.tokenizer, revision=None) if config.tokenizer else path
+    folder = resolve_model(config.tokenizer, weights=False) if config.tokenizer else path
     tokenizer = None if config.skip_tokenizer_init else load_tokenizer(folder)
     traits = device_traits(device, dtype, config.gpu_memory_utilization)
     cache = _plan_cache(config, model_config, dtype, traits)
@@ -59,7 +59,7 @@ def start(config: EngineConfig, num_rows: int) -> Parts:
 
 def _load(
     config: EngineConfig, model_config: ModelConfig, path: Path, device: torch.device, dtype: torch.dtype
-) -> nn.Module:
+) -> CausalLM:
     began = time.perf_counter()
     model = load_model(
         path, model_config, device=device, dtype=dtype, tp=TP(), max_length=model_config.max_length,
