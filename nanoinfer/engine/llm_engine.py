@@ -1,25 +1,21 @@
 """LLMEngine: requests in, steps, outputs out. It knows nothing of HTTP, threads or asyncio."""
 
-import logging
-from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
 
 from nanoinfer.engine.block_manager import BlockManager
-from nanoinfer.engine.model_runner import StepHandle
 from nanoinfer.engine.requests import Request, make_request
 from nanoinfer.engine.scheduler import Scheduler
-from nanoinfer.engine.sequence import Chunk, Sequence
+from nanoinfer.engine.sequence import Sequence
 from nanoinfer.engine.startup import start
+from nanoinfer.engine.step_loop import StepLoop
 from nanoinfer.engine_config import EngineConfig
 from nanoinfer.errors import EngineDead, InvalidRequest
 from nanoinfer.inputs import PromptType
 from nanoinfer.outputs import CompletionOutput, RequestOutput
 from nanoinfer.sampling_params import SamplingParams
 from nanoinfer.utils.interrupts import deferred_interrupt
-
-logger = logging.getLogger("nanoinfer")
 
 
 class LLMEngine:
@@ -42,8 +38,7 @@ class LLMEngine:
         )
         self.scheduler = Scheduler(self.blocks, config.max_num_seqs, parts.max_num_batched_tokens, num_rows)
         asynchronous = parts.traits.asynchronous if config.async_scheduling is None else config.async_scheduling
-        self.steps_ahead = int(asynchronous)
-        self.launched: deque[StepHandle] = deque()
+        self.loop = StepLoop(self.scheduler, self.runner, steps_ahead=int(asynchronous))
         self.sequences: dict[str, Sequence] = {}
         self.held: list[RequestOutput] = []
         self.num_requests = 0
@@ -106,7 +101,7 @@ class LLMEngine:
                 self.scheduler.abort(seq)
 
     def has_unfinished_requests(self) -> bool:
-        return bool(self.sequences or self.launched or self.held)
+        return bool(self.sequences or self.loop.launched or self.held)
 
     def is_finished(self) -> bool:
         return not self.has_unfinished_requests()
@@ -127,12 +122,7 @@ class LLMEngine:
             raise EngineDead(self.dead)
         try:
             with deferred_interrupt():
-                before = len(self.launched)
-                finished = self._launch()
-                # One step stays in flight while new ones follow it.
-                ahead = self.steps_ahead if len(self.launched) > before else 0
-                while len(self.launched) > ahead:
-                    finished += self._commit()
+                finished = self.loop.step()
         except BaseException as error:
             self.dead = f"a step was cut off half-way by {error!r}"
             raise
@@ -144,33 +134,6 @@ class LLMEngine:
     def hold(self, output: RequestOutput) -> None:
         """Keep an output that a caller of `step` did not ask for, for the next caller."""
         self.held.append(output)
-
-    def _launch(self) -> list[Sequence]:
-        chunks = self.scheduler.schedule()
-        assert chunks or self.launched or not self.sequences, "unfinished requests, and nothing to run"
-        if chunks:
-            try:
-                self.launched.append(self.runner.launch(chunks))
-            except Exception as error:
-                return self._fail(chunks, error)
-        return []
-
-    def _commit(self) -> list[Sequence]:
-        handle = self.launched.popleft()
-        try:
-            tokens = handle.tokens()
-        except Exception as error:
-            failed = self._fail(handle.chunks, error)
-            for later in self.launched:
-                self.scheduler.roll_back(later.chunks)
-            self.launched.clear()
-            return failed
-        return self.scheduler.commit(handle.chunks, tokens)
-
-    def _fail(self, chunks: list[Chunk], error: Exception) -> list[Sequence]:
-        logger.error("a step of %d requests failed: %r", len(chunks), error, exc_info=error)
-        self.runner.table.forget()
-        return self.scheduler.fail(chunks, f"the step failed: {error!r}")
 
     def _output(self, seq: Sequence) -> RequestOutput:
         ids, text = seq.output_tokens, ""
@@ -187,5 +150,5 @@ class LLMEngine:
         """Give the weights and the KV pool back; the engine serves nothing any more. Closing twice is fine."""
         self.dead = "the engine is closed"
         self.sequences.clear()
-        self.launched.clear()
+        self.loop.launched.clear()
         self.runner.close()

@@ -1,0 +1,57 @@
+"""StepLoop: launch a step, then commit the one before; what becomes of a step that fails."""
+
+import logging
+from collections import deque
+
+from nanoinfer.engine.model_runner import ModelRunner, StepHandle
+from nanoinfer.engine.scheduler import Scheduler
+from nanoinfer.engine.sequence import Chunk, Sequence
+
+logger = logging.getLogger("nanoinfer")
+
+
+class StepLoop:
+    """steps_ahead 0: every step is committed before the next one is scheduled; 1: one stays in flight meanwhile."""
+
+    def __init__(self, scheduler: Scheduler, runner: ModelRunner, steps_ahead: int) -> None:
+        self.scheduler = scheduler
+        self.runner = runner
+        self.steps_ahead = steps_ahead
+        self.launched: deque[StepHandle] = deque()
+
+    def step(self) -> list[Sequence]:
+        """The sequences that finished; those of a step that failed are among them, with reason "error"."""
+        before = len(self.launched)
+        finished = self._launch()
+        # A step stays in flight only while another one follows it.
+        ahead = self.steps_ahead if len(self.launched) > before else 0
+        while len(self.launched) > ahead:
+            finished += self._commit()
+        return finished
+
+    def _launch(self) -> list[Sequence]:
+        chunks = self.scheduler.schedule()
+        assert chunks or self.launched or not self.scheduler.has_unfinished(), "nothing to run, and no end"
+        if chunks:
+            try:
+                self.launched.append(self.runner.launch(chunks))
+            except Exception as error:
+                return self._fail(chunks, error)
+        return []
+
+    def _commit(self) -> list[Sequence]:
+        handle = self.launched.popleft()
+        try:
+            tokens = handle.tokens()
+        except Exception as error:
+            failed = self._fail(handle.chunks, error)
+            for later in self.launched:
+                self.scheduler.roll_back(later.chunks)
+            self.launched.clear()
+            return failed
+        return self.scheduler.commit(handle.chunks, tokens)
+
+    def _fail(self, chunks: list[Chunk], error: Exception) -> list[Sequence]:
+        logger.error("a step of %d requests failed: %r", len(chunks), error, exc_info=error)
+        self.runner.table.forget()
+        return self.scheduler.fail(chunks, f"the step failed: {error!r}")
