@@ -1,0 +1,39 @@
+"""Grouped-query attention over the paged KV cache (Ainslie et al., 2023; vLLM, Kwon et al., 2023)."""
+
+import torch
+from torch import Tensor, nn
+
+from nanoinfer import ops
+from nanoinfer.batch import Batch
+from nanoinfer.config import ModelConfig
+from nanoinfer.layers.linear import MergedColumnLinear, RowLinear
+from nanoinfer.utils.parallel import TP
+
+
+class Attention(nn.Module):
+    """Self-attention with rotary positions. window: positions a token attends to, 0 for all before it.
+
+    Ranks share the heads. A rank without a KV head of its own is refused; copies of one would be needed.
+    """
+
+    def __init__(
+        self, config: ModelConfig, window: int, *, qkv_bias: bool, device: torch.device, dtype: torch.dtype, tp: TP
+    ) -> None:
+        super().__init__()
+        heads, kv_heads = tp.split(config.num_heads, "attention heads"), tp.split(config.num_kv_heads, "KV heads")
+        self.heads = [heads, kv_heads, kv_heads]
+        self.head_dim, self.window = config.head_dim, window
+        self.scale = config.head_dim**-0.5
+        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        parts = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
+        self.qkv_proj = MergedColumnLinear(config.hidden_size, parts, bias=qkv_bias, device=device, dtype=dtype, tp=tp)
+        self.o_proj = RowLinear(q_size, config.hidden_size, bias=False, device=device, dtype=dtype, tp=tp)
+
+    def forward(self, x: Tensor, batch: Batch, kv: Tensor, rope: Tensor) -> Tensor:
+        """x [T, hidden]; kv [blocks, 2, Hkv, block_size, D], this layer's; rope: see `rope_table`. -> [T, hidden]."""
+        q, k, v = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim).split(self.heads, dim=1)
+        ops.rotary_store_kv(q, k, v, kv, batch.positions, batch.slots, rope)
+        out = ops.paged_attention(
+            q, kv, batch.q_starts, batch.kv_lens, batch.rows, batch.block_tables, self.scale, self.window
+        )
+        return self.o_proj(out.flatten(1))  # type: ignore[no-any-return]
