@@ -40,7 +40,7 @@ class Parts:
 def start(config: EngineConfig, num_rows: int) -> Parts:
     """Load a model and size its KV pool. num_rows: rows of the table of requests."""
     path = resolve_model(config.model, config.revision, weights=config.load_format != "dummy")
-    model_config = ModelConfig.from_dir(path)
+    model_config = ModelConfig.from_dir(path, MODELS)
     device, dtype = config.resolve_device(), config.resolve_dtype(model_config.dtype)
     folder = resolve_model(config.tokenizer, weights=False) if config.tokenizer else path
     tokenizer = None if config.skip_tokenizer_init else load_tokenizer(folder)
