@@ -101,6 +101,7 @@ class ModelConfig:
 
 
 def check_architecture(name: str, supported: Collection[str]) -> None:
+    """Raise ModelLoadError, listing what is supported, where `name` is not."""
     if name not in supported:
         raise ModelLoadError(f"architecture {name!r} is not supported; supported: {', '.join(sorted(supported))}")
 
