@@ -17,6 +17,8 @@ from nanoinfer.outputs import CompletionOutput, RequestOutput
 from nanoinfer.sampling_params import SamplingParams
 from nanoinfer.utils.interrupts import deferred_interrupt
 
+CLOSED = "the engine is closed"
+
 
 class LLMEngine:
     """Continuous batching over one model: `add_request`, then `step` while `has_unfinished_requests`.
@@ -120,16 +122,17 @@ class LLMEngine:
         """
         if self.dead:
             raise EngineDead(self.dead)
-        try:
-            with deferred_interrupt():
+        with deferred_interrupt():
+            try:
                 finished = self.loop.step()
-        except BaseException as error:
-            self.dead = f"a step was cut off half-way by {error!r}"
-            raise
-        for seq in finished:
-            del self.sequences[seq.request_id]
-        held, self.held = self.held, []
-        return held + [self._output(seq) for seq in finished]
+            except BaseException as error:
+                self.dead = f"a step was cut off half-way by {error!r}"
+                raise
+            for seq in finished:
+                del self.sequences[seq.request_id]
+                self.held.append(self._output(seq))
+        outputs, self.held = self.held, []  # not reached by an interrupt: the next step returns them
+        return outputs
 
     def hold(self, output: RequestOutput) -> None:
         """Keep an output that a caller of `step` did not ask for, for the next caller."""
@@ -148,7 +151,8 @@ class LLMEngine:
 
     def close(self) -> None:
         """Give the weights and the KV pool back; the engine serves nothing any more. Closing twice is fine."""
-        self.dead = "the engine is closed"
-        self.sequences.clear()
-        self.loop.launched.clear()
-        self.runner.close()
+        if self.dead != CLOSED:
+            self.dead = CLOSED
+            self.sequences.clear()
+            self.loop.launched.clear()
+            self.runner.close()

@@ -39,7 +39,10 @@ def make_request(prompt: PromptType, params: SamplingParams, tokenizer: Tokenize
     if not isinstance(params, SamplingParams):
         raise InvalidRequest(f"sampling_params must be a SamplingParams, got {params!r}")
     text, ids, salt = _unpack(prompt)
-    token_ids = _encode(str(text), tokenizer, limits) if ids is None else _checked_ids(ids, limits.vocab_size)
+    if ids is None and text is not None:
+        token_ids = _encode(text, tokenizer, limits)
+    else:
+        token_ids = _checked_ids(ids, limits.vocab_size)
     _check_length(len(token_ids), limits)
     for token in params.stop_token_ids or ():
         if token >= limits.vocab_size:

@@ -71,9 +71,7 @@ def _load(
 
 
 def _weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    model = MODELS[config.architecture](
-        config, device=torch.device("meta"), dtype=dtype, tp=TP(), max_length=config.max_length
-    )
+    model = MODELS[config.architecture](config, device=torch.device("meta"), dtype=dtype, max_length=1)
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
