@@ -1,4 +1,4 @@
-"""Bad input gets a typed error that names field, value and limit before any work; the requests beside it are unharmed."""
+"""Bad input gets a typed error naming field, value and limit before any work; requests beside it are unharmed."""
 
 import os
 import signal
@@ -119,9 +119,9 @@ def test_sampling_params_accepted(llm: LLM, options: dict[str, object]) -> None:
 
 def test_unknown_options_name_the_nearest(llm: LLM) -> None:
     """A misspelt option is an error that says what was meant; nothing is dropped silently."""
-    with pytest.raises(TypeError, match="temprature.*did you mean 'temperature'"):
+    with pytest.raises(TypeError, match=r"temprature.*did you mean 'temperature'"):
         SamplingParams(temprature=1)
-    with pytest.raises(TypeError, match="max_num_seq'.*did you mean 'max_num_seqs'"):
+    with pytest.raises(TypeError, match=r"max_num_seq'.*did you mean 'max_num_seqs'"):
         LLMEngine("anything", max_num_seq=8)
 
 
