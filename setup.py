@@ -1,7 +1,7 @@
 """Builds nanoinfer._C: the CPU kernels, and the CUDA kernels where there is a toolkit. Metadata is in pyproject.toml.
 
 Environment: NANOINFER_CUDA=1 wants the CUDA kernels, 0 refuses them; unset, they are built where torch is a CUDA build
-and nvcc is found. TORCH_CUDA_ARCH_LIST ("8.0;9.0a+PTX"), CUDA_HOME, CXX and MAX_JOBS mean what they mean elsewhere.
+and nvcc is found. TORCH_CUDA_ARCH_LIST ("8.0;9.0a"), CUDA_HOME, CXX, MAX_JOBS and NVCC_THREADS as elsewhere.
 
 One file serves every torch >= 2.11 and CPython >= 3.10: only the stable ABI of both is used. Hence no
 torch.utils.cpp_extension, which links what is not stable and refuses CUDA where torch is a CPU build.
@@ -35,8 +35,8 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefe
           "-Wno-maybe-uninitialized"]  # fmt: skip
 X86_ISAS = {"plain": [], "avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"]}
 
-# For wheels: every data-centre and consumer generation from Ampere to Hopper, and PTX for what comes after.
-WHEEL_ARCHS = ["8.0", "8.6", "8.9", "9.0a", "9.0+PTX"]
+# For wheels: from Ampere to Hopper, and PTX for what comes after.
+WHEEL_ARCHS = ["8.0", "8.6", "8.9+PTX", "9.0a"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,11 @@ def run(command: list[str]) -> None:
     code = subprocess.run(command).returncode
     if code:
         sys.exit(f"nanoinfer: {command[0]} failed with exit code {code}; its messages are above")
+
+
+def compile_job(compiler: list[str], source: Path, target: Path) -> Job:
+    deps = str(target.with_suffix(".d"))
+    return Job(target, [*compiler, "-MMD", "-MF", deps, "-c", str(source), "-o", str(target)])
 
 
 def find_cxx() -> list[str] | None:
@@ -122,7 +127,7 @@ def visible_archs() -> list[str]:
 
 
 def arch_flags(nvcc: str) -> list[str]:
-    """-gencode flags: what TORCH_CUDA_ARCH_LIST says, or the visible GPUs, or the wheels' list as far as nvcc knows it."""
+    """-gencode flags for TORCH_CUDA_ARCH_LIST, or the visible GPUs, or the wheels' list as far as nvcc knows it."""
     supported = supported_archs(nvcc)
     named = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";").split(";")
     archs = [arch for arch in named if arch] or visible_archs()
@@ -148,36 +153,30 @@ def cpp_jobs(cxx: list[str], temp: Path, includes: list[str]) -> list[Job]:
     isas = X86_ISAS if x86 else {"plain": []}
     units = [(source, source.stem, []) for source in sorted(CSRC.rglob("*.cpp")) if source.name != "isa.cpp"]
     units += [(CSRC / "cpu/isa.cpp", f"isa_{isa}", [f"-DNANOINFER_ISA={isa}", *flags]) for isa, flags in isas.items()]
-    jobs = []
-    for source, name, flags in units:
-        target = temp / source.parent / f"{name}.o"
-        jobs.append(Job(target, [*cxx, *COMMON, *CXX_FLAGS, *includes, *flags, "-MMD", "-MF", str(target.with_suffix(".d")),
-                                 "-c", str(source), "-o", str(target)]))  # fmt: skip
-    return jobs
+    return [
+        compile_job([*cxx, *COMMON, *CXX_FLAGS, *includes, *flags], source, temp / source.parent / f"{name}.o")
+        for source, name, flags in units
+    ]
 
 
 def cuda_jobs(nvcc: str, cxx: list[str], temp: Path, includes: list[str], cu_files: list[Path]) -> list[Job]:
-    flags = [*arch_flags(nvcc), "-ccbin", cxx[0], "--expt-relaxed-constexpr", "--threads", "0", "-DUSE_CUDA",
-             "-Xcompiler=-fPIC,-fvisibility=hidden", "-diag-suppress=20012"]  # fmt: skip
-    jobs = []
-    for source in cu_files:
-        target = temp / source.with_suffix(".o")
-        jobs.append(Job(target, [nvcc, *COMMON, *flags, *includes, "-MMD", "-MF", str(target.with_suffix(".d")),
-                                 "-c", str(source), "-o", str(target)]))  # fmt: skip
-    return jobs
+    flags = [*arch_flags(nvcc), "-ccbin", cxx[-1], "-DUSE_CUDA", "--expt-relaxed-constexpr",
+             "-Xcompiler=-fPIC,-fvisibility=hidden", f"--threads={os.environ.get('NVCC_THREADS') or 1}"]  # fmt: skip
+    return [
+        compile_job([nvcc, *COMMON, *flags, *includes], source, temp / source.with_suffix(".o")) for source in cu_files
+    ]
 
 
 def link(cxx: list[str], nvcc: str | None, objects: list[Path], torch_lib: Path, output: Path) -> None:
     """Link against torch by its C functions alone.
 
     --no-as-needed keeps the dependency on libtorch.so, which brings libtorch_cuda where torch has one; no rpath, as
-    `import torch` has loaded them all by then. nvcc links the CUDA runtime in, so that no toolkit is needed at run time.
+    `import torch` has loaded them all by then. nvcc links the CUDA runtime in: nobody needs a toolkit at run time.
     """
-    driver = [nvcc, "-ccbin", cxx[0], "--cudart", "static", "-Xcompiler"] if nvcc else cxx
-    libraries = [f"-L{torch_lib}", *("-Xlinker", "--no-as-needed"), "-ltorch", "-ltorch_cpu"]
-    fpic = ["-fPIC"] if nvcc else []
+    driver = [nvcc, "-ccbin", cxx[-1], "--cudart", "static", "-Xcompiler=-fPIC"] if nvcc else [*cxx, "-fPIC"]
+    libraries = [f"-L{torch_lib}", "-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu"]
     output.parent.mkdir(parents=True, exist_ok=True)
-    run([*driver, *fpic, "-shared", *map(str, objects), *libraries, "-o", str(output)])
+    run([*driver, "-shared", *map(str, objects), *libraries, "-o", str(output)])
 
 
 class BuildKernels(build_ext):
@@ -185,8 +184,8 @@ class BuildKernels(build_ext):
 
     def run(self) -> None:
         if sys.platform != "linux":
-            print(f"nanoinfer: kernels are built on Linux only, not on {sys.platform}: it will run on plain torch, slowly",
-                  file=sys.stderr)  # fmt: skip
+            print(f"nanoinfer: kernels are built on Linux only, not on {sys.platform}, so it will run on plain torch, "
+                  "slowly", file=sys.stderr)  # fmt: skip
             self.extensions.clear()
         elif find_cxx() is None:
             print("nanoinfer: no C++ compiler found, so it will run on plain torch, slowly; install one "

@@ -9,12 +9,21 @@ enum class Dtype { f32, bf16, f16 };
 
 // What an op hands to its kernel; each is defined beside the kernel, in NAME.h.
 struct RmsNorm;
+struct RotaryStoreKv;
+struct Sample;
+struct SiluAndMul;
+struct ThinLinear;
 
 // Each kernel works on rows [begin, end) of what its first argument describes. Rows are independent, so that threads
 // split them in any way and results do not depend on the number of threads.
 struct Kernels {
-  const char* isa;
-  void (*rms_norm)(const RmsNorm&, int64_t begin, int64_t end);
+    const char* isa;
+    void (*rms_norm)(const RmsNorm&, int64_t begin, int64_t end);
+    void (*rotary_store_kv)(const RotaryStoreKv&, int64_t begin, int64_t end);
+    void (*sample)(const Sample&, int64_t begin, int64_t end);
+    void (*silu_and_mul)(const SiluAndMul&, int64_t begin, int64_t end);
+    void (*widen_input)(const ThinLinear&, int64_t begin, int64_t end);
+    void (*thin_linear)(const ThinLinear&, int64_t begin, int64_t end);
 };
 
 // The best table for this machine, or the one that the environment variable NANOINFER_CPU_ISA names.

@@ -1,9 +1,9 @@
 #pragma once
 // Vectors of floats, as wide as the instruction set this file is compiled for (see isa.cpp); elsewhere the plain kind.
 //
-// Kernels are written once, for F32 with kLanes floats. Arithmetic (+ - * / < ?:) is the compiler's own vector extension;
-// here is what it lacks: conversions, fused multiply-add, maximum, sums, exp. Half-precision numbers are rounded to the
-// nearest, ties to even, exactly as torch rounds them, subnormal numbers included.
+// Kernels are written once, for F32 with kLanes floats. Arithmetic (+ - * / < ?:) is the compiler's own vector
+// extension; here is what it lacks: conversions, fused multiply-add, maximum, sums, exp. Half-precision numbers are
+// rounded to the nearest, ties to even, exactly as torch rounds them, subnormal numbers included.
 
 #include <math.h>
 #include <stdint.h>
@@ -23,10 +23,10 @@ namespace nanoinfer {
 
 // Storage only: loads give floats, stores take floats.
 struct bf16 {
-  uint16_t bits;
+    uint16_t bits;
 };
 struct f16 {
-  uint16_t bits;
+    uint16_t bits;
 };
 
 namespace NANOINFER_ISA {
@@ -46,10 +46,10 @@ typedef uint16_t U16 __attribute__((vector_size(kLanes * 2)));
 
 template <typename To, typename From>
 NANOINFER_INLINE To bit_cast(const From& from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  memcpy(&to, &from, sizeof(to));
-  return to;
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    memcpy(&to, &from, sizeof(to));
+    return to;
 }
 
 NANOINFER_INLINE F32 broadcast(float x) { return x - F32{}; }
@@ -57,11 +57,11 @@ NANOINFER_INLINE F32 broadcast(float x) { return x - F32{}; }
 // a * b + c, rounded once where the machine can.
 NANOINFER_INLINE F32 fma(F32 a, F32 b, F32 c) {
 #if defined(__AVX512F__)
-  return _mm512_fmadd_ps(a, b, c);
+    return _mm512_fmadd_ps(a, b, c);
 #elif defined(__AVX2__)
-  return _mm256_fmadd_ps(a, b, c);
+    return _mm256_fmadd_ps(a, b, c);
 #else
-  return a * b + c;
+    return a * b + c;
 #endif
 }
 
@@ -72,23 +72,23 @@ NANOINFER_INLINE F32 min(F32 a, F32 b) { return a < b ? a : b; }
 // Folds upper half onto lower half until one lane is left: the order never depends on the data.
 template <typename Vector, typename Fold>
 NANOINFER_INLINE float reduce(Vector v, Fold fold) {
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) v[i] = fold(v[i], v[i + width]);
-  }
-  return v[0];
+    for (int width = kLanes / 2; width > 0; width /= 2) {
+        for (int i = 0; i < width; ++i) v[i] = fold(v[i], v[i + width]);
+    }
+    return v[0];
 }
 NANOINFER_INLINE float reduce_add(F32 v) {
 #if defined(__AVX512F__)
-  return _mm512_reduce_add_ps(v);
+    return _mm512_reduce_add_ps(v);
 #else
-  return reduce(v, [](float a, float b) { return a + b; });
+    return reduce(v, [](float a, float b) { return a + b; });
 #endif
 }
 NANOINFER_INLINE float reduce_max(F32 v) {
 #if defined(__AVX512F__)
-  return _mm512_reduce_max_ps(v);
+    return _mm512_reduce_max_ps(v);
 #else
-  return reduce(v, [](float a, float b) { return a > b ? a : b; });
+    return reduce(v, [](float a, float b) { return a > b ? a : b; });
 #endif
 }
 
@@ -98,130 +98,131 @@ NANOINFER_INLINE F32 widen(F32 v) { return v; }
 NANOINFER_INLINE F32 widen_bf16(U16 bits) { return bit_cast<F32>(__builtin_convertvector(bits, U32) << 16); }
 
 NANOINFER_INLINE U16 narrow_bf16(F32 v) {
-  // Not vcvtneps2bf16: it flushes subnormal numbers to zero.
-  const U32 bits = bit_cast<U32>(v);
-  const U32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const U32 quiet_nan = (bits >> 16) | 0x40;  // rounding could carry a NaN's mantissa into infinity
-  return __builtin_convertvector(bit_cast<U32>(v == v ? bit_cast<I32>(rounded) : bit_cast<I32>(quiet_nan)), U16);
+    // Not vcvtneps2bf16: it flushes subnormal numbers to zero.
+    const U32 bits = bit_cast<U32>(v);
+    const U32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const U32 quiet_nan = (bits >> 16) | 0x40;  // rounding could carry a NaN's mantissa into infinity
+    return __builtin_convertvector(bit_cast<U32>(v == v ? bit_cast<I32>(rounded) : bit_cast<I32>(quiet_nan)), U16);
 }
 
 NANOINFER_INLINE F32 widen_f16(U16 bits) {
 #if defined(__AVX512F__)
-  return _mm512_cvtph_ps(bit_cast<__m256i>(bits));
+    return _mm512_cvtph_ps(bit_cast<__m256i>(bits));
 #elif defined(__AVX2__)
-  return _mm256_cvtph_ps(bit_cast<__m128i>(bits));
+    return _mm256_cvtph_ps(bit_cast<__m128i>(bits));
 #else
-  // Shift exponent and mantissa into a float's place; multiplying by 2^112 corrects the exponent's bias and makes
-  // subnormal numbers normal. Infinity and NaN come out as 2^16 or more: give them the largest exponent.
-  const U32 wide = __builtin_convertvector(bits, U32);
-  const U32 sign = (wide & 0x8000) << 16;
-  const F32 magnitude = bit_cast<F32>((wide & 0x7fff) << 13) * 0x1p112f;
-  const I32 special = bit_cast<I32>(magnitude) | 0x7f800000;
-  return bit_cast<F32>(bit_cast<U32>(magnitude >= 65536.f ? special : bit_cast<I32>(magnitude)) | sign);
+    // Shift exponent and mantissa into a float's place; multiplying by 2^112 corrects the exponent's bias and makes
+    // subnormal numbers normal. Infinity and NaN come out as 2^16 or more: give them the largest exponent.
+    const U32 wide = __builtin_convertvector(bits, U32);
+    const U32 sign = (wide & 0x8000) << 16;
+    const F32 magnitude = bit_cast<F32>((wide & 0x7fff) << 13) * 0x1p112f;
+    const I32 special = bit_cast<I32>(magnitude) | 0x7f800000;
+    return bit_cast<F32>(bit_cast<U32>(magnitude >= 65536.f ? special : bit_cast<I32>(magnitude)) | sign);
 #endif
 }
 
 NANOINFER_INLINE U16 narrow_f16(F32 v) {
 #if defined(__AVX512F__)
-  return bit_cast<U16>(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    return bit_cast<U16>(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #elif defined(__AVX2__)
-  return bit_cast<U16>(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    return bit_cast<U16>(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else
-  const U32 sign = (bit_cast<U32>(v) >> 16) & 0x8000;
-  const U32 bits = bit_cast<U32>(v) & 0x7fffffff;
-  // Normal results: move the exponent's bias, round the 13 lowest bits away; too large ones become infinity.
-  const U32 normal = (bits - (112u << 23) + 0xfff + ((bits >> 13) & 1)) >> 13;
-  // Subnormal results (below 2^-14): adding 0.5, whose last bit is worth 2^-24, makes the machine round.
-  const U32 subnormal = bit_cast<U32>(bit_cast<F32>(bits) + 0.5f) - bit_cast<U32>(broadcast(0.5f));
-  I32 half = bit_cast<I32>(bits) < (113 << 23) ? bit_cast<I32>(subnormal) : bit_cast<I32>(normal);
-  half = bit_cast<I32>(bits) >= ((127 + 16) << 23) ? I32{} + 0x7c00 : half;
-  half = v == v ? half : bit_cast<I32>(((bits >> 13) & 0x3ff) | 0x7e00);
-  return __builtin_convertvector(bit_cast<U32>(half) | sign, U16);
+    const U32 sign = (bit_cast<U32>(v) >> 16) & 0x8000;
+    const U32 bits = bit_cast<U32>(v) & 0x7fffffff;
+    // Normal results: move the exponent's bias, round the 13 lowest bits away; too large ones become infinity.
+    const U32 normal = (bits - (112u << 23) + 0xfff + ((bits >> 13) & 1)) >> 13;
+    // Subnormal results (below 2^-14): adding 0.5, whose last bit is worth 2^-24, makes the machine round.
+    const U32 subnormal = bit_cast<U32>(bit_cast<F32>(bits) + 0.5f) - bit_cast<U32>(broadcast(0.5f));
+    I32 half = bit_cast<I32>(bits) < (113 << 23) ? bit_cast<I32>(subnormal) : bit_cast<I32>(normal);
+    half = bit_cast<I32>(bits) >= ((127 + 16) << 23) ? I32{} + 0x7c00 : half;
+    half = v == v ? half : bit_cast<I32>(((bits >> 13) & 0x3ff) | 0x7e00);
+    return __builtin_convertvector(bit_cast<U32>(half) | sign, U16);
 #endif
 }
 
 // kLanes numbers from p, which needs no alignment.
 NANOINFER_INLINE F32 load(const float* p) {
-  F32 v;
-  memcpy(&v, p, sizeof(v));
-  return v;
+    F32 v;
+    memcpy(&v, p, sizeof(v));
+    return v;
 }
 NANOINFER_INLINE F32 load(const bf16* p) {
-  U16 bits;
-  memcpy(&bits, p, sizeof(bits));
-  return widen_bf16(bits);
+    U16 bits;
+    memcpy(&bits, p, sizeof(bits));
+    return widen_bf16(bits);
 }
 NANOINFER_INLINE F32 load(const f16* p) {
-  U16 bits;
-  memcpy(&bits, p, sizeof(bits));
-  return widen_f16(bits);
+    U16 bits;
+    memcpy(&bits, p, sizeof(bits));
+    return widen_f16(bits);
 }
 
 NANOINFER_INLINE void store(float* p, F32 v) { memcpy(p, &v, sizeof(v)); }
 NANOINFER_INLINE void store(bf16* p, F32 v) {
-  const U16 bits = narrow_bf16(v);
-  memcpy(p, &bits, sizeof(bits));
+    const U16 bits = narrow_bf16(v);
+    memcpy(p, &bits, sizeof(bits));
 }
 NANOINFER_INLINE void store(f16* p, F32 v) {
-  const U16 bits = narrow_f16(v);
-  memcpy(p, &bits, sizeof(bits));
+    const U16 bits = narrow_f16(v);
+    memcpy(p, &bits, sizeof(bits));
 }
 
 // How many numbers of a vector are meant: all of them, known when compiling, or the first few, at the end of a row.
 struct Full {};
 struct Part {
-  int count;
+    int count;
 };
 
 template <typename T>
 NANOINFER_INLINE F32 load(const T* p, Full) {
-  return load(p);
+    return load(p);
 }
 template <typename T>
 NANOINFER_INLINE void store(T* p, F32 v, Full) {
-  store(p, v);
+    store(p, v);
 }
 // The first numbers from p, then zeros; nothing behind them is read.
 template <typename T>
 NANOINFER_INLINE F32 load(const T* p, Part part) {
-  T padded[kLanes] = {};
-  for (int i = 0; i < part.count; ++i) padded[i] = p[i];
-  return load(padded);
+    T padded[kLanes] = {};
+    for (int i = 0; i < part.count; ++i) padded[i] = p[i];
+    return load(padded);
 }
 template <typename T>
 NANOINFER_INLINE void store(T* p, F32 v, Part part) {
-  T padded[kLanes];
-  store(padded, v);
-  for (int i = 0; i < part.count; ++i) p[i] = padded[i];
+    T padded[kLanes];
+    store(padded, v);
+    for (int i = 0; i < part.count; ++i) p[i] = padded[i];
 }
 
 // body(i, Full or Part) for i = 0, kLanes, ... that together cover [0, n).
 template <typename Body>
 NANOINFER_INLINE void for_each_vector(int64_t n, Body body) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) body(i, Full{});
-  if (i < n) body(i, Part{int(n - i)});
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) body(i, Full{});
+    if (i < n) body(i, Part{int(n - i)});
 }
 
 // e^x within 2 ulp; 0 at -inf, inf at inf, NaN at NaN, subnormal results where they are due.
 NANOINFER_INLINE F32 exp(F32 x) {
-  // e^x = 2^n e^r with n the integer nearest to x / ln 2, so |r| <= ln 2 / 2. Beyond the clamps the result is 0 or inf.
-  x = x < -104.f ? broadcast(-104.f) : x;  // false for NaN, which stays
-  x = x > 89.f ? broadcast(89.f) : x;
-  // Adding 1.5 * 2^23 leaves no bits below 1: the machine rounds to an integer.
-  const F32 n = fma(x, broadcast(0x1.715476p+0f), broadcast(0x1.8p23f)) - 0x1.8p23f;
-  // ln 2 in two parts, the first short enough that n times it is exact.
-  const F32 r = fma(n, broadcast(-0x1.05c61p-29f), fma(n, broadcast(-0x1.62e43p-1f), x));
-  // Taylor: the first term left out is r^8 / 8! < 6e-9.
-  constexpr float kTaylor[] = {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 1.f / 2, 1.f, 1.f};
-  F32 sum = broadcast(1.f / 5040);
-  for (const float c : kTaylor) sum = fma(sum, r, broadcast(c));
+    // e^x = 2^n e^r with n the integer nearest to x / ln 2, so |r| <= ln 2 / 2. Beyond the clamps the result is 0 or
+    // inf.
+    x = x < -104.f ? broadcast(-104.f) : x;  // false for NaN, which stays
+    x = x > 89.f ? broadcast(89.f) : x;
+    // Adding 1.5 * 2^23 leaves no bits below 1: the machine rounds to an integer.
+    const F32 n = fma(x, broadcast(0x1.715476p+0f), broadcast(0x1.8p23f)) - 0x1.8p23f;
+    // ln 2 in two parts, the first short enough that n times it is exact.
+    const F32 r = fma(n, broadcast(-0x1.05c61p-29f), fma(n, broadcast(-0x1.62e43p-1f), x));
+    // Taylor: the first term left out is r^8 / 8! < 6e-9.
+    constexpr float kTaylor[] = {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 1.f / 2, 1.f, 1.f};
+    F32 sum = broadcast(1.f / 5040);
+    for (const float c : kTaylor) sum = fma(sum, r, broadcast(c));
 #if defined(__AVX512F__)
-  return _mm512_scalef_ps(sum, n);
+    return _mm512_scalef_ps(sum, n);
 #else
-  // 2^n in two factors: n itself may be beyond a float's exponents where the result is subnormal.
-  const I32 whole = __builtin_convertvector(n, I32), half = whole >> 1;
-  return sum * bit_cast<F32>((half + 127) << 23) * bit_cast<F32>((whole - half + 127) << 23);
+    // 2^n in two factors: n itself may be beyond a float's exponents where the result is subnormal.
+    const I32 whole = __builtin_convertvector(n, I32), half = whole >> 1;
+    return sum * bit_cast<F32>((half + 127) << 23) * bit_cast<F32>((whole - half + 127) << 23);
 #endif
 }
 
