@@ -218,4 +218,5 @@ def main() -> None:
     )
 
 
-main()
+if __name__ == "__main__":
+    main()
