@@ -1,0 +1,214 @@
+"""The sampler: equal tokens to its definition, the right distribution, and no row that depends on another."""
+
+import pytest
+import torch
+from op_helpers import INT_CANARY, RedZone, bits, in_wider_rows, make_rows
+from torch import Tensor
+
+from nanoinfer import ops, reference
+from nanoinfer.row_state import LAST_TOKEN, LENGTH, SEED_LO
+
+# (temperature, top_k, top_p, min_p): greedy, each filter alone, and together.
+SETTINGS = {
+    "greedy": (0.0, 0, 1.0, 0.0),
+    "all": (1.0, 0, 1.0, 0.0),
+    "cold": (0.01, 0, 1.0, 0.0),
+    "hot": (100.0, 0, 1.0, 0.0),
+    "top_k 1": (1.0, 1, 1.0, 0.0),
+    "top_k 20": (0.7, 20, 1.0, 0.0),
+    "top_k 1000": (1.0, 1000, 1.0, 0.0),  # more than a row has tiles
+    "top_p 0.8": (1.0, 0, 0.8, 0.0),
+    "top_p tiny": (1.0, 0, 1e-6, 0.0),
+    "min_p": (1.3, 0, 1.0, 0.05),
+    "min_p 1": (1.0, 0, 1.0, 1.0),
+    "top_k and top_p": (0.7, 20, 0.8, 0.0),
+    "min_p before top_k": (1.0, 300, 1.0, 0.2),
+    "all three": (2.0, 100, 0.95, 1e-4),
+}
+settings = pytest.mark.parametrize("setting", list(SETTINGS))
+VOCABULARIES = [1, 2, 15, 511, 512, 513, 8193, 10000, 151936]
+
+
+def random_logits(rows: int, vocab: int, scale: float, seed: int = 0) -> Tensor:
+    return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def draw(logits: Tensor, row_state: Tensor, sample_rows: Tensor, vocab: int, device: str) -> tuple[Tensor, Tensor]:
+    """Tokens and row_state after one call of the op, both on the CPU."""
+    zone = RedZone()
+    state = zone.copy(row_state.to(device))
+    tokens = zone.copy(torch.full(sample_rows.shape, INT_CANARY, dtype=torch.int32, device=device))
+    ops.sample(logits.to(device), sample_rows.to(device), state, tokens, vocab)
+    zone.check()
+    return tokens.cpu(), state.cpu()
+
+
+def draw_reference(logits: Tensor, row_state: Tensor, sample_rows: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
+    state, tokens = row_state.clone(), torch.full(sample_rows.shape, INT_CANARY, dtype=torch.int32)
+    reference.sample(logits, sample_rows, state, tokens, vocab)
+    return tokens, state
+
+
+@settings
+@pytest.mark.parametrize("scale", [0.01, 4.0])
+@pytest.mark.parametrize("vocab", VOCABULARIES)
+def test_tokens_are_the_definitions(device: str, vocab: int, scale: float, setting: str) -> None:
+    """The same ids for the same seeds, flat or peaked logits, whatever the size; what lies past the vocabulary is not
+    read, the scratch row draws nothing, and each row's length and last token move on."""
+    rows = 1 if vocab > 100_000 else 6
+    row_state = make_rows(rows, *SETTINGS[setting], seed=vocab)
+    sample_rows = torch.arange(rows + 1, dtype=torch.int32).flip(0)
+    logits = torch.full((rows + 1, vocab + 5), torch.nan)
+    logits[:, :vocab] = random_logits(rows + 1, vocab, scale, seed=vocab)
+    logits = in_wider_rows(logits)
+    tokens, state = draw(logits, row_state, sample_rows, vocab, device)
+    expected_tokens, expected_state = draw_reference(logits, row_state, sample_rows, vocab)
+    assert torch.equal(tokens, expected_tokens)
+    assert torch.equal(state, expected_state)
+
+
+@settings
+def test_ties_stay_or_go_together(device: str, setting: str) -> None:
+    """On logits full of equal values every id that the filters keep is drawn, and no other."""
+    generator = torch.Generator().manual_seed(7)
+    for vocab in (3, 12, 20):
+        logits = torch.randint(0, 4, (vocab,), generator=generator).float()
+        temperature, *filters = SETTINGS[setting]
+        row_state = make_rows(20_000, *SETTINGS[setting], seed=vocab)
+        tokens, _ = draw(logits.expand(20_000, -1), row_state, torch.arange(20_000, dtype=torch.int32), vocab, device)
+        if temperature == 0:
+            kept = {int(logits.argmax())}
+        else:
+            weights = reference.keep_weights(logits.double() / temperature, *filters)
+            # An id that a right sampler would draw less than 20 times in 20,000 proves nothing by its absence.
+            kept = set((weights > 1e-3 * weights.sum()).nonzero().flatten().tolist())
+            assert set(tokens.tolist()) <= set(weights.nonzero().flatten().tolist())
+        assert kept <= set(tokens.tolist())
+
+
+@pytest.mark.parametrize("setting", ["all", "hot", "top_k 20", "top_p 0.8", "min_p", "all three"])
+def test_draws_follow_the_distribution(device: str, setting: str) -> None:
+    """A G-test of 200,000 draws, independent of how the random number is made: p below 1e-6 in no case."""
+    count, vocab = 200_000, 40
+    logits = random_logits(1, vocab, 1.5)[0]
+    temperature, *filters = SETTINGS[setting]
+    row_state = make_rows(count, *SETTINGS[setting])
+    tokens, _ = draw(logits.expand(count, -1), row_state, torch.arange(count, dtype=torch.int32), vocab, device)
+    weights = reference.keep_weights(logits.double() / temperature, *filters)
+    assert g_test(torch.bincount(tokens, minlength=vocab), weights / weights.sum()) > 1e-6
+
+
+def g_test(counts: Tensor, probabilities: Tensor) -> float:
+    """p-value of counts under the probabilities: 2 sum(n log(n / expected)) is chi-squared (Woolf, 1957)."""
+    assert not counts[probabilities == 0].any()
+    counts, expected = counts[probabilities > 0].double(), probabilities[probabilities > 0] * counts.sum()
+    g = 2 * torch.xlogy(counts, counts / expected).sum()
+    half = torch.tensor((len(counts) - 1) / 2, dtype=torch.float64)
+    return float(torch.special.gammaincc(half, g / 2))
+
+
+def test_successive_lengths_draw_independently(device: str) -> None:
+    """A row's draws at consecutive lengths, one seed: the distribution holds along a sequence as well."""
+    count, vocab = 200_000, 5
+    row_state = make_rows(count)
+    row_state[:, SEED_LO : SEED_LO + 2] = 12345
+    row_state[:, LENGTH] = torch.arange(count + 1)
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5])
+    tokens, _ = draw(logits.expand(count, -1), row_state, torch.arange(count, dtype=torch.int32), vocab, device)
+    p = logits.double().softmax(0)
+    assert g_test(torch.bincount(tokens, minlength=vocab), p) > 1e-6
+    pairs = tokens[:-1:2].long() * vocab + tokens[1::2]
+    assert g_test(torch.bincount(pairs, minlength=vocab**2), torch.outer(p, p).flatten()) > 1e-6
+
+
+def test_random_numbers_are_philox() -> None:
+    """The published vector of Philox4x32-10 for a counter and a key of zeros (Random123, kat_vectors)."""
+    assert reference.uniform(0, 0, 0) == ((0x6627E8D5 >> 5) * 2**26 + (0xE169C58D >> 6)) / 2**53
+
+
+def test_a_row_does_not_depend_on_its_neighbours(device: str) -> None:
+    """The same request draws the same token alone, among others, and with any number of threads."""
+    rows, vocab = 50, 1000
+    logits, row_state = random_logits(rows, vocab, 3.0), make_rows(rows, 0.9, 40, 0.9, 0.01)
+    together, _ = draw(logits, row_state, torch.arange(rows, dtype=torch.int32), vocab, device)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for row in (0, 17, 49):
+        alone, _ = draw(logits[row : row + 1], row_state, torch.tensor([row], dtype=torch.int32), vocab, device)
+        assert alone[0] == together[row]
+    torch.set_num_threads(2)
+    again, _ = draw(logits.flip(0), row_state, torch.arange(rows, dtype=torch.int32).flip(0), vocab, device)
+    torch.set_num_threads(before)
+    assert torch.equal(again.flip(0), together)
+
+
+@pytest.mark.parametrize("vocab", VOCABULARIES)
+def test_greedy_takes_the_lowest_of_the_largest(device: str, vocab: int) -> None:
+    """Ties far apart, in any tile, at the very end: the lowest id wins, as with argmax."""
+    places = sorted({0, vocab // 3, vocab // 2, vocab - 1})
+    logits = torch.full((len(places), vocab), -3.0)
+    for i in range(len(places)):
+        logits[i, places[i:]] = 2.5
+    tokens, _ = draw(logits, make_rows(len(places), 0.0), torch.arange(len(places), dtype=torch.int32), vocab, device)
+    assert tokens.tolist() == places
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("vocab", [1, 40, 10_000])
+def test_what_is_not_finite_fails_its_row_alone(device: str, vocab: int, temperature: float) -> None:
+    """NaN anywhere, +inf, or nothing but -inf: -1. A -inf among others is an id that is never drawn."""
+    logits = torch.zeros(6, vocab)
+    logits[0, 0] = logits[1, -1] = torch.nan
+    logits[2, vocab // 2] = torch.inf
+    logits[3] = -torch.inf
+    logits[4, 1:] = -torch.inf
+    tokens, state = draw(logits, make_rows(6, temperature), torch.arange(6, dtype=torch.int32), vocab, device)
+    assert tokens[:5].tolist() == [-1, -1, -1, -1, 0]
+    assert tokens[5] >= 0
+    assert state[:4, LAST_TOKEN].tolist() == [0, 0, 0, 0]  # an id that exists: the next step may look it up
+
+
+def seen_tokens(rows: int, length: int, vocab: int, block_size: int) -> tuple[Tensor, Tensor]:
+    """block_tables and slot_tokens of rows with blocks in random order; ids repeat; unused slots hold no id."""
+    generator = torch.Generator().manual_seed(3)
+    per_row = -(-length // block_size) + 1
+    tables = torch.randperm((rows + 1) * per_row, generator=generator).int().view(rows + 1, per_row)
+    slot_tokens = torch.full((tables.numel() * block_size,), INT_CANARY, dtype=torch.int32)
+    for row in range(rows):
+        for position in range(length):
+            slot = int(tables[row, position // block_size]) * block_size + position % block_size
+            slot_tokens[slot] = (
+                int(torch.randint(0, vocab, (), generator=generator)) if position % 3 else position % vocab
+            )
+    return tables, slot_tokens
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 16])
+@pytest.mark.parametrize("vocab", [1, 37, 10_000])
+def test_penalize(device: str, vocab: int, block_size: int) -> None:
+    """Bit for bit the definition: each id that was seen loses once, in its own row alone; logits beside stay."""
+    rows, length = 5, 50
+    tables, slot_tokens = seen_tokens(rows, length, vocab, block_size)
+    row_state = make_rows(rows, penalty=1.3)
+    row_state[:, LENGTH] = torch.tensor([0, 1, 7, length, length, length])
+    sample_rows = torch.tensor([4, 5, 0, 2, 1, 3], dtype=torch.int32)
+    logits = random_logits(6, vocab, 2.0)
+    got, expected = in_wider_rows(logits.to(device)), logits.clone()
+    wide = got._base.clone()
+    arguments = [t.to(device) for t in (sample_rows, row_state, tables, slot_tokens)]
+    ops.penalize(got, *arguments, block_size)
+    reference.penalize(expected, sample_rows, row_state, tables, slot_tokens, block_size)
+    assert torch.equal(bits(got.cpu()), bits(expected))
+    wide[:, 1] = got
+    assert torch.equal(bits(got._base), bits(wide))
+    assert torch.equal(expected[1], logits[1])  # the scratch row
+    assert not torch.equal(expected[0], logits[0])
+
+
+def test_no_penalty_reads_nothing(device: str) -> None:
+    """Penalty 1 is off: such a row's ids may be anything."""
+    logits = random_logits(1, 10, 1.0).to(device)
+    row_state, tables = make_rows(1).to(device), torch.full((2, 1), INT_CANARY, dtype=torch.int32, device=device)
+    before = logits.clone()
+    ops.penalize(logits, torch.zeros(1, dtype=torch.int32, device=device), row_state, tables, tables[0], 4)
+    assert torch.equal(logits, before)
