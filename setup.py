@@ -147,12 +147,20 @@ def numeral(arch: str) -> str:
     return arch.removesuffix("+PTX").replace(".", "")
 
 
+def is_x86() -> bool:
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
+def isa_flags(isa: str) -> list[str]:
+    """Flags of isa.cpp for one instruction set; no kernel throws."""
+    return [f"-DNANOINFER_ISA={isa}", "-fno-exceptions", *(X86_ISAS[isa] if is_x86() else [])]
+
+
 def cpp_jobs(cxx: list[str], temp: Path, includes: list[str]) -> list[Job]:
     """Every .cpp once, isa.cpp once for each instruction set."""
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    isas = X86_ISAS if x86 else {"plain": []}
+    isas = list(X86_ISAS) if is_x86() else ["plain"]
     units = [(source, source.stem, []) for source in sorted(CSRC.rglob("*.cpp")) if source.name != "isa.cpp"]
-    units += [(CSRC / "cpu/isa.cpp", f"isa_{isa}", [f"-DNANOINFER_ISA={isa}", *flags]) for isa, flags in isas.items()]
+    units += [(CSRC / "cpu/isa.cpp", f"isa_{isa}", isa_flags(isa)) for isa in isas]
     return [
         compile_job([*cxx, *COMMON, *CXX_FLAGS, *includes, *flags], source, temp / source.parent / f"{name}.o")
         for source, name, flags in units

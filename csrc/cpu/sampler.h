@@ -29,13 +29,15 @@ struct Sample {
     double* scratch;  // sample_scratch(vocab) numbers that no other thread uses
 };
 
-constexpr int64_t tiles_of(int64_t vocab) { return (vocab + kTile - 1) / kTile; }
+static constexpr int64_t tiles_of(int64_t vocab) { return (vocab + kTile - 1) / kTile; }
 
 // Numbers that hold something for each tile, with room for a whole vector's store at the end.
-constexpr int64_t per_tile(int64_t vocab) { return tiles_of(vocab) + 16; }
+static constexpr int64_t per_tile(int64_t vocab) { return tiles_of(vocab) + 16; }
 
 // Two numbers for each id, the weights of one tile, three numbers for each tile.
-constexpr int64_t sample_scratch(int64_t vocab) { return (2 * tiles_of(vocab) + 1) * kTile + 3 * per_tile(vocab); }
+static constexpr int64_t sample_scratch(int64_t vocab) {
+    return (2 * tiles_of(vocab) + 1) * kTile + 3 * per_tile(vocab);
+}
 
 namespace NANOINFER_ISA {
 
