@@ -16,9 +16,9 @@ from nanoinfer import LLM, SamplingParams
 
 DEMO = Path(nanoinfer.__file__).parent / "assets" / "demo"
 PROMPTS = [
-    "def read_lines(path):\n    ",
+    "def read_lines(path):\n",
     "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n",
-    "import os\nimport sys\n\nif __name__ == ",
+    "import os\nimport sys\n\n\ndef main():\n",
 ]
 SAMPLING = {"temperature": float, "top-k": int, "top-p": float, "min-p": float, "repetition-penalty": float,
             "seed": int}  # fmt: skip
@@ -29,7 +29,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default=DEMO, help="a folder, or a name on the Hugging Face hub")
     parser.add_argument("--prompt", action="append", help="may be given several times")
     parser.add_argument("--chat", action="store_true", help="put each prompt into the model's chat template")
-    parser.add_argument("--max-tokens", type=int, default=100)
+    parser.add_argument("--max-tokens", type=int, default=64)
     for name, kind in SAMPLING.items():
         parser.add_argument(f"--{name}", type=kind, help="default: what the model recommends")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
