@@ -406,3 +406,16 @@ def test_a_missing_matplotlib_is_said_first(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit, match=r"pip install 'nanoinfer\[plot\]'"):
         bench.main(["throughput", "--plot", "figure.png", "--model", "/nowhere"])
+
+
+def test_a_failed_request_says_why(folder: Path, monkeypatch) -> None:
+    """The engine's own reason, not only that tokens are missing."""
+    engine = ENGINES["nanoinfer"](tiny_target(folder), {})
+
+    def broken(batch, kv):
+        raise RuntimeError("the model is broken")
+
+    monkeypatch.setattr(engine.llm.llm_engine.runner, "model", broken)
+    with pytest.raises(RuntimeError, match=r"2 of 2 requests failed: .*the model is broken"):
+        engines.run(engine, equal_workload(2, 4, 3, vocab_size=VOCAB, seed=0))
+    engine.close()

@@ -58,6 +58,8 @@ class Nanoinfer:
         params = [SamplingParams(temperature=workload.temperature, max_tokens=length, ignore_eos=True, detokenize=False)
                   for length in workload.output_lens]  # fmt: skip
         outputs = self.llm.generate(workload.prompts, params, use_tqdm=False)
+        if errors := [output.error for output in outputs if output.error]:
+            raise RuntimeError(f"{len(errors)} of {len(outputs)} requests failed: {errors[0]}")
         return [output.outputs[0].token_ids for output in outputs]
 
     def close(self) -> None:
