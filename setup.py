@@ -30,9 +30,9 @@ CXX_FLAGS = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "
 
 # csrc/cpu/isa.cpp is compiled once for each of these; csrc/cpu/kernels.cpp picks among them when the library loads.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-# gcc 12 warns of its own AVX-512 header: what that leaves uninitialised on purpose, it calls a mistake.
+# gcc 12 calls what its own AVX-512 header leaves uninitialised on purpose a mistake; clang does not know that warning.
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512",
-          "-Wno-maybe-uninitialized"]  # fmt: skip
+          "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]  # fmt: skip
 X86_ISAS = {"plain": [], "avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"]}
 
 # For wheels: from Ampere to Hopper, and PTX for what comes after.
@@ -194,11 +194,11 @@ class BuildKernels(build_ext):
         if sys.platform != "linux":
             print(f"nanoinfer: kernels are built on Linux only, not on {sys.platform}, so it will run on plain torch, "
                   "slowly", file=sys.stderr)  # fmt: skip
-            self.extensions.clear()
+            self.extensions = []
         elif find_cxx() is None:
             print("nanoinfer: no C++ compiler found, so it will run on plain torch, slowly; install one "
                   "(apt install g++, or set CXX) and install nanoinfer again", file=sys.stderr)  # fmt: skip
-            self.extensions.clear()
+            self.extensions = []
         super().run()
 
     def build_extension(self, ext: Extension) -> None:

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import ModuleType
 
@@ -53,7 +54,9 @@ def checkout(tmp_path: Path) -> Path:
     for name in SOURCES:
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "assets"))
+            shutil.copytree(
+                source, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "*.safetensors")
+            )
         else:
             shutil.copy(source, tmp_path / name)
     return tmp_path
@@ -137,6 +140,16 @@ def test_no_compiler_is_said_and_no_error(checkout: Path) -> None:
     assert done.returncode == 0, done.stdout
     assert "no C++ compiler found, so it will run on plain torch, slowly; install one" in done.stdout
     assert not list(checkout.rglob("*.so"))
+
+
+def test_one_wheel_serves_every_python(checkout: Path) -> None:
+    """The wheel's tag says CPython 3.10 and later, and the demo model travels in it."""
+    done = python("setup.py", "bdist_wheel", cwd=checkout, PATH="/nowhere", CXX="")
+    assert done.returncode == 0, done.stdout
+    (wheel,) = (checkout / "dist").iterdir()
+    assert "-cp310-abi3-" in wheel.name
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {"nanoinfer/py.typed", "nanoinfer/ops.py", "nanoinfer/assets/demo/config.json"} <= names
 
 
 @pytest.mark.parametrize(
