@@ -30,10 +30,12 @@ CXX_FLAGS = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "
 
 # csrc/cpu/isa.cpp is compiled once for each of these; csrc/cpu/kernels.cpp picks among them when the library loads.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-# gcc 12 calls what its own AVX-512 header leaves uninitialised on purpose a mistake; clang does not know that warning.
+# gcc 12 calls what its own AVX-512 header leaves uninitialised on purpose a mistake; clang does not know
+# the first warning.
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512",
-          "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]  # fmt: skip
-X86_ISAS = {"plain": [], "avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"]}
+          "-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Wno-unknown-warning-option"]  # fmt: skip
+AMX = [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
+X86_ISAS = {"plain": [], "avx2": AVX2, "avx512": AVX512, "avx512_amx": AMX}
 
 # For wheels: from Ampere to Hopper, and PTX for what comes after.
 WHEEL_ARCHS = ["8.0", "8.6", "8.9+PTX", "9.0a"]

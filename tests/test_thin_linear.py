@@ -1,22 +1,14 @@
 """thin_linear: exact enough, and a row's result depends on that row alone."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from op_helpers import DTYPES
 from torch import Tensor
 
 from nanoinfer import ops, reference
 
-pytestmark = pytest.mark.skipif(("thin_linear", "CPU") not in ops.COMPILED, reason="the extension is not built")
-
-DEVICES = ["cpu"]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ALL_ROWS = range(1, ops.THIN_ROWS + 1)
 
 
@@ -53,7 +45,6 @@ def assert_accurate(x: Tensor, weight: Tensor, bias: Tensor | None, float_out: b
     assert error <= max(2 * plain_error, slow_error, 2 * rounding)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("out_dim", "dim"), [(128, 896), (77, 453), (9, 64), (1, 1), (40, 31)])
 def test_error_is_at_most_twice_torchs(device: str, dtype: torch.dtype, out_dim: int, dim: int) -> None:
@@ -61,19 +52,6 @@ def test_error_is_at_most_twice_torchs(device: str, dtype: torch.dtype, out_dim:
     for rows in ALL_ROWS:
         x, weight, bias = make(rows, out_dim, dim, dtype, device)
         assert_accurate(x, weight, bias if rows % 2 else None, float_out=rows % 3 == 0)
-
-
-@pytest.mark.parametrize("isa", ["plain", "avx2", "avx512"])
-def test_every_instruction_set(isa: str) -> None:
-    """The kernels for lesser machines, which this one would not choose, pass the tests of this file too."""
-    from nanoinfer import _C
-
-    if isa not in _C.cpu_isas() or isa == _C.cpu_isa():
-        pytest.skip(f"{isa}: not available here, or tested already")
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", __file__, "-k", "not instruction_set"]
-    env = os.environ | {"NANOINFER_CPU_ISA": isa}
-    done = subprocess.run(command, env=env, cwd=Path(__file__).parents[1], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -97,7 +75,6 @@ def test_threads_do_not_change_results(rows: int) -> None:
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_reads_its_arguments_alone(device: str, dtype: torch.dtype) -> None:
     """x and weight may be views with NaN on all sides: nothing beside them enters the result."""
@@ -107,7 +84,6 @@ def test_reads_its_arguments_alone(device: str, dtype: torch.dtype) -> None:
         assert torch.equal(ops.thin_linear(poisoned(x), poisoned(weight), bias), expected)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 def test_empty_sizes(device: str) -> None:
     """No rows, no outputs and no inputs are sizes like others; a sum of nothing is the bias."""
     for rows, out_dim, dim in ((0, 8, 32), (4, 0, 32), (3, 8, 0)):
@@ -126,7 +102,6 @@ def test_infinities_and_nan_stay_in_their_row() -> None:
     assert torch.equal(finite, expected)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 def test_opcheck(device: str) -> None:
     """Schema, fake and kernel agree."""
     x, weight, bias = make(3, 20, 40, torch.bfloat16, device)
@@ -156,7 +131,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("message", REFUSED)
-def test_refuses(message: str) -> None:
+def test_refused(message: str) -> None:
     """Each check at the door says what was wanted and what came."""
     with pytest.raises(RuntimeError, match=f"thin_linear: {message}"):
         ops.thin_linear(*REFUSED[message](*make(4, 24, 64, torch.float32)))

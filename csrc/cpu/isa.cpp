@@ -7,6 +7,7 @@
 // NANOINFER_ISA.
 
 #include "activation.h"
+#include "attention.h"
 #include "kernels.h"
 #include "linear.h"
 #include "norm.h"
@@ -34,6 +35,8 @@ namespace nanoinfer::NANOINFER_ISA {
 extern const Kernels table;
 const Kernels table = {
     .isa = TEXT(NANOINFER_ISA),
+    .merge_splits = FOR_EACH_DTYPE(merge_splits, PagedAttention),
+    .paged_attention = FOR_EACH_DTYPE(paged_attention, PagedAttention),
     .rms_norm = FOR_EACH_DTYPE(rms_norm, RmsNorm),
     .rotary_store_kv = FOR_EACH_DTYPE(rotary_store_kv, RotaryStoreKv),
     .sample = sample,

@@ -1,6 +1,8 @@
 #include "kernels.h"
 
 #include <stdlib.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <stdexcept>
 #include <string>
@@ -21,8 +23,16 @@ extern const Kernels table;
 namespace avx512 {
 extern const Kernels table;
 }
-namespace avx512_bf16 {
+namespace avx512_amx {
 extern const Kernels table;
+}
+#endif
+
+#ifdef NANOINFER_X86
+// AMX registers are 8 KiB that Linux saves for a process only once it has asked; all its threads then have them.
+static bool kernel_grants_amx() {
+    constexpr int kRequestPermission = 0x1023, kTileData = 18;
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 #endif
 
@@ -35,10 +45,11 @@ int supported_kernels(const Kernels* tables[kMaxTables]) {
         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+    const bool has_amx = has_avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&
+                         __builtin_cpu_supports("amx-bf16") && kernel_grants_amx();
     if (has_avx2) tables[count++] = &avx2::table;
     if (has_avx512) tables[count++] = &avx512::table;
-    if (has_bf16) tables[count++] = &avx512_bf16::table;
+    if (has_amx) tables[count++] = &avx512_amx::table;
 #endif
     return count;
 }

@@ -8,6 +8,7 @@ namespace nanoinfer {
 enum class Dtype { f32, bf16, f16 };
 
 // What an op hands to its kernel; each is defined beside the kernel, in NAME.h.
+struct PagedAttention;
 struct RmsNorm;
 struct RotaryStoreKv;
 struct Sample;
@@ -18,6 +19,8 @@ struct ThinLinear;
 // split them in any way and results do not depend on the number of threads.
 struct Kernels {
     const char* isa;
+    void (*merge_splits)(const PagedAttention&, int64_t begin, int64_t end);
+    void (*paged_attention)(const PagedAttention&, int64_t begin, int64_t end);
     void (*rms_norm)(const RmsNorm&, int64_t begin, int64_t end);
     void (*rotary_store_kv)(const RotaryStoreKv&, int64_t begin, int64_t end);
     void (*sample)(const Sample&, int64_t begin, int64_t end);
