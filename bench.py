@@ -171,15 +171,16 @@ def run_ops(args: argparse.Namespace, command: Sequence[str]) -> None:
     for name, (batch, length) in steps.items():
         step = ops.make_step(batch, length, args.context, device)
         for shape in args.shapes:
-            rows += ops.measure(shape, step, name, device, dtype, limits, args.repeats)
+            rows += ops.measure(shape, step, name, device, dtype, args.repeats)
+    limits = limits.best(measure_limits(target.device, dtype))  # shares are of the best seen before and after
     what = f"{target.dtype}, {args.context} tokens of context"
     lines = [report.hardware(target.device), what, report.describe(limits, target.dtype)]
-    print("\n".join(lines), report.table(ops.table(rows)), sep="\n\n", end="\n\n")
+    print("\n".join(lines), report.table(ops.table(rows, limits)), sep="\n\n", end="\n\n")
     if args.plot:
-        plot.plot_ops(args.plot, "\n".join(lines), rows)
+        plot.plot_ops(args.plot, "\n".join(lines), rows, limits)
     print(json.dumps({
         "command": "ops", "hardware": lines[0], "workload": what, "dtype": target.dtype, "machine": asdict(limits),
-        "results": [asdict(row) for row in rows],
+        "results": [asdict(row) | {"share_of_limit": row.share_of(limits)} for row in rows],
     }))  # fmt: skip
 
 

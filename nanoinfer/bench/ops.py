@@ -47,7 +47,10 @@ class OpTime:
     microseconds: float
     gb_per_s: float
     tflop_per_s: float
-    share_of_limit: float | None  # None where neither memory nor arithmetic limits it
+
+    def share_of(self, limits: Limits) -> float:
+        """Of the time the op takes, what the hardware needs; 0 where neither memory nor arithmetic limits it."""
+        return max(self.gb_per_s / limits.read_gb_per_s, self.tflop_per_s / limits.tflop_per_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,30 +235,27 @@ def _cold(call: Callable[[], object], buffer: Tensor) -> float:
     return timed(call, "cpu")
 
 
-def measure(
-    shape: str, step: Step, name: str, device: torch.device, dtype: torch.dtype, limits: Limits, repeats: int
-) -> list[OpTime]:
+def measure(shape: str, step: Step, name: str, device: torch.device, dtype: torch.dtype, repeats: int) -> list[OpTime]:
     """All ops in one step, called `name`, of a model."""
     buffer = torch.empty(flush_bytes(device), dtype=torch.uint8, device=device)
     rows = []
     for case in cases(shape, step, device, dtype):
         seconds = median_seconds(case.call, buffer, repeats)
-        least = limits.seconds(case.num_bytes, case.flops)
         compiled = (case.op, device.type.upper()) in ops.COMPILED
         rows.append(
             OpTime(
                 shape, name, f"{case.op} {case.label}".strip(), compiled, 1e6 * seconds,
-                case.num_bytes / seconds / 1e9, case.flops / seconds / 1e12, least / seconds if least else None,
+                case.num_bytes / seconds / 1e9, case.flops / seconds / 1e12,
             )
         )  # fmt: skip
     return rows
 
 
-def table(rows: Sequence[OpTime]) -> list[list[str]]:
+def table(rows: Sequence[OpTime], limits: Limits) -> list[list[str]]:
     header = ["model", "step", "op", "kernel", "us", "GB/s", "TFLOP/s", "of limit"]
     return [header] + [
         [row.shape, row.step, row.op, "ours" if row.compiled else "torch", f"{row.microseconds:,.1f}",
          f"{row.gb_per_s:,.1f}", f"{row.tflop_per_s:,.2f}",
-         "-" if row.share_of_limit is None else f"{row.share_of_limit:.0%}"]
+         f"{row.share_of(limits):.0%}" if row.share_of(limits) else "-"]
         for row in rows
     ]  # fmt: skip

@@ -6,6 +6,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from nanoinfer.bench.latency import Floor, Latency
+from nanoinfer.bench.machine import Limits
 from nanoinfer.bench.ops import OpTime
 from nanoinfer.bench.startup import Startup
 from nanoinfer.bench.throughput import Throughput
@@ -115,14 +116,14 @@ def plot_startup(path: str, title: str, rows: Sequence[Startup]) -> None:
     figure.savefig(path)
 
 
-def plot_ops(path: str, title: str, rows: Sequence[OpTime]) -> None:
+def plot_ops(path: str, title: str, rows: Sequence[OpTime], limits: Limits) -> None:
     """Each op's share of the hardware's limit, a panel for each model and step."""
     groups = list(dict.fromkeys((row.shape, row.step) for row in rows))
     tallest = max(sum((row.shape, row.step) == group for row in rows) for group in groups)
     figure, axes = _figure(title, len(groups), 1.5 + 3.2 * len(groups), 1.5 + 0.25 * tallest)
     for ax, group in zip(axes, groups, strict=True):
-        shown = [row for row in rows if (row.shape, row.step) == group and row.share_of_limit is not None]
-        shares = [100 * (row.share_of_limit or 0.0) for row in shown]
+        shown = [row for row in rows if (row.shape, row.step) == group and row.share_of(limits)]
+        shares = [100 * row.share_of(limits) for row in shown]
         colors = [COLORS["nanoinfer"] if row.compiled else "#999999" for row in shown]
         bars = ax.barh([row.op for row in shown], shares, 0.7, color=colors)
         labels = [f"{share:.0f}%  {_short(row.microseconds)} us" for share, row in zip(shares, shown, strict=True)]
