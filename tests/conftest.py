@@ -5,6 +5,10 @@ import torch
 
 pytest.register_assert_rewrite("fake_engine", "engine_invariants")  # their checks say what they compared
 
+# Most tests' tensors are small: two threads would meet at barriers more than they compute (the bench tests took 68 s
+# with two and 13 s with one on a busy machine). Tests of thread counts set their own.
+torch.set_num_threads(1)
+
 DEVICES = [
     "cpu",
     pytest.param(

@@ -8,7 +8,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "nanoinfer"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-SHIPPED = [*SOURCES, *(ROOT / name for name in ("bench.py", "example.py", "setup.py")), *(ROOT / "examples").glob("*.py")]
+SHIPPED = [
+    *SOURCES,
+    *(ROOT / name for name in ("bench.py", "example.py", "setup.py")),
+    *(ROOT / "examples").glob("*.py"),
+]
 
 # A module may import from its own floor and from those below; leaves may be imported by all.
 FLOORS = ["leaf", "reference", "ops", "layers", "models", "loader", "engine", "top"]
