@@ -1,6 +1,7 @@
 """ModelRunner: weights, KV cache and the table of requests on one device; launches steps there."""
 
 import logging
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,7 +13,6 @@ from nanoinfer import ops
 from nanoinfer.batch import Batch
 from nanoinfer.engine.request_table import RequestTable
 from nanoinfer.engine.sequence import Chunk
-from nanoinfer.layers.sampler import sample_tokens
 from nanoinfer.utils.memory import available_host_memory
 
 logger = logging.getLogger("nanoinfer")
@@ -24,6 +24,8 @@ class Model(Protocol):
 
 
 GIB = 2**30
+# Rows of logits in memory at once: 64 rows of 151,936 float32 are 39 MB.
+LOGIT_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,18 +70,38 @@ class CacheShape:
 
 
 @dataclass(frozen=True, slots=True)
+class StepShape:
+    """What decides the sizes of a step's tensors."""
+
+    num_tokens: int
+    num_chunks: int
+    num_samples: int
+
+    @classmethod
+    def of(cls, chunks: Seq[Chunk]) -> "StepShape":
+        return cls(sum(chunk.end - chunk.start for chunk in chunks), len(chunks), sum(chunk.sample for chunk in chunks))
+
+
+EMPTY_STEP = StepShape(0, 0, 0)
+
+
+@dataclass(frozen=True, slots=True)
 class StepHandle:
     """A launched step: its chunks, and the tokens it samples once they are asked for."""
 
     chunks: list[Chunk]
-    sampled: Tensor
+    sampled: Tensor  # [samples] int32, in host memory
+    wait: Callable[[], None]  # until they are there
 
     def tokens(self) -> list[int]:
         """One token for each chunk that samples, in order; -1 where logits were not finite. Waits for the step."""
+        self.wait()
         return self.sampled.tolist()
 
 
 class ModelRunner:
+    """Runs a step when it is launched, as a CPU does; CudaRunner launches it ahead."""
+
     def __init__(
         self, model: Model, cache: CacheShape, *, vocab_size: int, num_rows: int, max_chunks: int, max_tokens: int,
         blocks_per_row: int, device: torch.device,
@@ -87,6 +109,7 @@ class ModelRunner:
         self.model = model
         self.block_size = cache.block_size
         self.vocab_size = vocab_size
+        self.max_chunks = max_chunks
         self.kv = cache.allocate(device)
         self.kv_layers = self.kv.unbind(0)
         num_slots = cache.num_blocks * cache.block_size
@@ -94,44 +117,51 @@ class ModelRunner:
         sizes = {"tokens": max_tokens, "positions": max_tokens, "slots": max_tokens, "q_starts": max_chunks + 1}
         sizes |= dict.fromkeys(("kv_lens", "rows", "logit_rows", "sample_rows"), max_chunks)
         self.buffers = {name: torch.zeros(size, dtype=torch.int32, device=device) for name, size in sizes.items()}
+        self.sampled = torch.zeros(max_chunks, dtype=torch.int32, device=device)
 
     def launch(self, chunks: list[Chunk]) -> StepHandle:
         """Start one step; returns without waiting for it where the device works on its own."""
+        shape = StepShape.of(chunks)
         with torch.inference_mode():
-            batch = self._prepare(chunks)
-            hidden = self.model(batch, self.kv_layers)
-            sampled = torch.empty_like(batch.sample_rows)
-            sample_tokens(
-                self.model, hidden, batch, self.table.row_state, self.table.slot_tokens, sampled,
-                vocab_size=self.vocab_size, block_size=self.block_size,
-                penalties=any(chunk.sample and chunk.seq.params.repetition_penalty != 1 for chunk in chunks),
-            )  # fmt: skip
-        return StepHandle(chunks, sampled)
+            batch = self.batch(shape)
+            for last in self.table.messages(chunks):
+                self.apply(self.table.sections, batch if last else self.batch(EMPTY_STEP))
+            self.sample(batch, self.model(batch, self.kv_layers))
+        return StepHandle(chunks, self.sampled[: shape.num_samples].clone(), wait=lambda: None)
 
-    def _prepare(self, chunks: list[Chunk]) -> Batch:
-        num_tokens = sum(chunk.end - chunk.start for chunk in chunks)
-        batch = self._batch(num_tokens, len(chunks), sum(chunk.sample for chunk in chunks))
-        for last in self.table.messages(chunks):
-            self._send(batch if last else self._batch(0, 0, 0))
-        return batch
-
-    def _batch(self, num_tokens: int, num_chunks: int, num_samples: int) -> Batch:
-        """Views of the step's buffers, sized to the step."""
+    def batch(self, shape: StepShape) -> Batch:
+        """Views of the step's buffers, of the sizes that `shape` says."""
+        tokens, chunks, samples = shape.num_tokens, shape.num_chunks, shape.num_samples
         sizes = {
-            "tokens": num_tokens, "positions": num_tokens, "slots": num_tokens, "q_starts": num_chunks + 1,
-            "kv_lens": num_chunks, "rows": num_chunks, "logit_rows": num_samples, "sample_rows": num_samples,
+            "tokens": tokens, "positions": tokens, "slots": tokens, "q_starts": chunks + 1,
+            "kv_lens": chunks, "rows": chunks, "logit_rows": samples, "sample_rows": samples,
         }  # fmt: skip
         views = {name: self.buffers[name][:size] for name, size in sizes.items()}
         return Batch(**views, block_tables=self.table.block_tables)
 
-    def _send(self, batch: Batch) -> None:
-        message, table = self.table.sections, self.table
+    def apply(self, message: dict[str, Tensor], batch: Batch) -> None:
+        """Let the device edit its table by a message's sections, and write the step's batch."""
+        table = self.table
         ops.prepare_batch(
             message["header"], message["new_rows"], message["edits"], message["chunks"], message["tokens"],
             table.row_state, table.block_tables, table.slot_tokens,
             batch.tokens, batch.positions, batch.slots, batch.q_starts, batch.kv_lens, batch.rows,
             batch.logit_rows, batch.sample_rows, self.block_size,
         )  # fmt: skip
+
+    def sample(self, batch: Batch, hidden: Tensor) -> None:
+        """Logits of the rows that want a successor, a slice at a time, and their next tokens into `sampled`."""
+        for begin in range(0, batch.logit_rows.shape[0], LOGIT_ROWS):
+            part = slice(begin, begin + LOGIT_ROWS)
+            logits = self.model.logits(hidden.index_select(0, batch.logit_rows[part]))
+            self.choose(logits, batch, part)
+
+    def choose(self, logits: Tensor, batch: Batch, part: slice) -> None:
+        """The next tokens of one slice of sampled rows, from their logits; the table advanced by them."""
+        table, rows = self.table, batch.sample_rows[part]
+        ops.penalize(logits, rows, table.row_state, table.block_tables, table.slot_tokens, self.block_size)
+        tokens = self.sampled[: batch.sample_rows.shape[0]][part]
+        ops.sample(logits, rows, table.row_state, tokens, self.vocab_size)
 
     def close(self) -> None:
         """Let go of the weights and the cache."""

@@ -4,12 +4,14 @@ The host writes each step's message into a flat int32 buffer whose sections star
 applies it on the device. What the device already has is never sent again: a decode step costs four numbers a row.
 """
 
+import math
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from nanoinfer.engine.sequence import Chunk, Sequence
 from nanoinfer.row_state import (
@@ -56,21 +58,24 @@ class RequestTable:
         # A step may bring up to a whole table of new blocks for a row; what does not fit goes ahead in messages of
         # its own, so that the usual message stays small.
         self.max_edits = blocks_per_row + max_chunks
-        shapes = {
+        self.shapes = {
             "header": (4,),
             "new_rows": (max_chunks, 1 + ROW_STATE_WIDTH),
             "edits": (self.max_edits, 3),
             "chunks": (max_chunks, 4),
             "tokens": (max_tokens,),
         }
-        sizes = [int(np.prod(shape)) for shape in shapes.values()]
-        self.message = torch.zeros(sum(sizes), dtype=torch.int32)
-        parts = self.message.split(sizes)
-        self.sections = {name: part.view(shape) for part, (name, shape) in zip(parts, shapes.items(), strict=True)}
+        self.message = torch.zeros(sum(map(math.prod, self.shapes.values())), dtype=torch.int32)
+        self.sections = self.views(self.message)
         self.host: dict[str, Ints] = {name: section.numpy() for name, section in self.sections.items()}
         # What the device knows of each row: the occupancy it was made for, and how many of its blocks were sent.
         self.owner: list[tuple[int, int] | None] = [None] * num_rows
         self.sent_blocks = [0] * num_rows
+
+    def views(self, message: Tensor) -> dict[str, Tensor]:
+        """The sections of a flat message, this one's or a copy elsewhere."""
+        parts = message.split([math.prod(shape) for shape in self.shapes.values()])
+        return {name: part.view(shape) for part, (name, shape) in zip(parts, self.shapes.items(), strict=True)}
 
     def messages(self, chunks: Seq[Chunk]) -> Iterator[bool]:
         """Write a step's message into the buffer, to be applied before the next one is asked for; True for the last.

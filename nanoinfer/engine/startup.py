@@ -2,12 +2,14 @@
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from nanoinfer.config import ModelConfig
+from nanoinfer.engine.cuda_graph import make_runner, measure_step_bytes
 from nanoinfer.engine.model_runner import GIB, CacheShape, DeviceTraits, ModelRunner, device_traits
 from nanoinfer.engine.requests import Limits
 from nanoinfer.engine_config import EngineConfig
@@ -45,15 +47,25 @@ def start(config: EngineConfig, num_rows: int) -> Parts:
     folder = resolve_model(config.tokenizer, weights=False) if config.tokenizer else path
     tokenizer = None if config.skip_tokenizer_init else load_tokenizer(folder)
     traits = device_traits(device, dtype, config.gpu_memory_utilization)
-    cache = _plan_cache(config, model_config, dtype, traits)
+    weights = _weight_bytes(model_config, dtype)
+    cache = _plan_cache(config, model_config, dtype, traits, weights)
     limits = _plan_limits(config, model_config, cache)
     model = _load(config, model_config, path, device, dtype)
     max_tokens = config.max_num_batched_tokens or traits.max_num_batched_tokens
-    runner = ModelRunner(
-        model, cache, vocab_size=min(model_config.vocab_size, tokenizer.size if tokenizer else 2**31),
-        num_rows=num_rows, max_chunks=min(config.max_num_seqs, max_tokens), max_tokens=max_tokens,
-        blocks_per_row=-(-limits.max_model_len // cache.block_size), device=device,
+    make = partial(
+        make_runner, model, enforce_eager=config.enforce_eager, num_rows=num_rows,
+        vocab_size=min(model_config.vocab_size, tokenizer.size if tokenizer else 2**31),
+        max_chunks=min(config.max_num_seqs, max_tokens), max_tokens=max_tokens, device=device,
     )  # fmt: skip
+    if traits.asynchronous:  # what a step takes beside the weights is only known once one has run
+        blocks_per_row = -(-limits.max_model_len // cache.block_size)
+        probe = make(replace(cache, num_blocks=1), blocks_per_row=blocks_per_row)
+        step_bytes = measure_step_bytes(probe, max_tokens, limits.max_model_len)
+        probe.close()
+        cache = _plan_cache(config, model_config, dtype, traits, weights + step_bytes)
+        limits = _plan_limits(config, model_config, cache)
+    _log_pool(cache)
+    runner = make(cache, blocks_per_row=-(-limits.max_model_len // cache.block_size))
     return Parts(model_config, tokenizer, folder, runner, traits, cache, limits, max_tokens)
 
 
@@ -75,25 +87,30 @@ def _weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def _plan_cache(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, traits: DeviceTraits) -> CacheShape:
-    """The KV pool: as asked, else a share of the memory that the weights leave."""
+def _plan_cache(
+    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, traits: DeviceTraits, taken: int
+) -> CacheShape:
+    """The KV pool: as asked, else a share of what weights and steps, `taken` bytes together, leave."""
     block_size = config.block_size or DEFAULT_BLOCK_SIZE
     if block_size % traits.block_multiple:
         raise InvalidRequest(f"block_size must be a multiple of {traits.block_multiple} here, got {block_size}")
     block_bytes = CacheShape(model.num_layers, 1, model.num_kv_heads, block_size, model.head_dim, dtype).block_bytes
-    weights = _weight_bytes(model, dtype)
-    free = traits.free_bytes - weights
+    free = traits.free_bytes - taken
     pool = config.kv_cache_memory_bytes or min(traits.max_pool_bytes, int(free * traits.pool_share))
     num_blocks = config.num_gpu_blocks_override or pool // block_bytes
     if num_blocks <= 0 or num_blocks * block_bytes > free:
         raise InvalidRequest(
-            f"too little memory: {traits.free_bytes / GIB:.2f} GiB are available, the weights take "
-            f"{weights / GIB:.2f} GiB, and the KV pool is to have {max(num_blocks, 1)} blocks of {block_bytes} bytes "
+            f"too little memory: {traits.free_bytes / GIB:.2f} GiB are available, weights and steps take "
+            f"{taken / GIB:.2f} GiB, and the KV pool is to have {max(num_blocks, 1)} blocks of {block_bytes} bytes "
             f"({max(num_blocks, 1) * block_bytes / GIB:.2f} GiB)"
         )
     num_blocks = min(num_blocks, (2**31 - 1) // block_size)  # slots are int32
-    logger.info("KV pool: %d tokens, %.2f GiB", num_blocks * block_size, num_blocks * block_bytes / GIB)
     return CacheShape(model.num_layers, num_blocks, model.num_kv_heads, block_size, model.head_dim, dtype)
+
+
+def _log_pool(cache: CacheShape) -> None:
+    tokens, size = cache.num_blocks * cache.block_size, cache.num_blocks * cache.block_bytes
+    logger.info("KV pool: %d tokens in %d blocks, %.2f GiB", tokens, cache.num_blocks, size / GIB)
 
 
 def _plan_limits(config: EngineConfig, model: ModelConfig, cache: CacheShape) -> Limits:

@@ -1,0 +1,180 @@
+"""CudaRunner: steps on a GPU, captured where their shape repeats, launched ahead of the host, read back on the side.
+
+A step of decodes alone has one token a chunk, so its number of chunks says all of its shape. Rounded up to a bucket, it
+is captured as two CUDA graphs: `forward` (apply the message, run the model, logits) and `sample` (choose, advance the
+table), with room for the host's own work on the logits between them. Lengths, rows and slots are read from the device's
+memory, so a graph serves every later step of its bucket. A step with a prefill chunk in it runs eagerly: it is long
+enough to hide its launches.
+
+Two streams: one computes; the other brings sampled tokens to the host while the next step already runs.
+"""
+
+import logging
+import time
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nanoinfer.batch import Batch
+from nanoinfer.engine.model_runner import EMPTY_STEP, CacheShape, Model, ModelRunner, StepHandle, StepShape
+from nanoinfer.engine.sequence import Chunk, Sequence
+from nanoinfer.sampling_params import SamplingParams
+
+logger = logging.getLogger("nanoinfer")
+
+# A slot of the ring is written again when its step is long over: one is in flight, one is being committed.
+RING = 3
+
+
+def bucket_ladder(limit: int) -> list[int]:
+    """Numbers of requests to capture steps for, up to limit: above 8, at most an eighth to a quarter of padding."""
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, limit, 32)]
+    return [size for size in sizes if size < limit] + [limit]
+
+
+@dataclass(frozen=True, slots=True)
+class RingSlot:
+    """A step's pinned host memory, so that the device copies from and to it on its own."""
+
+    message: Tensor
+    tokens: Tensor  # [chunks] int32
+    arrived: torch.cuda.Event  # the tokens are there
+
+
+@dataclass(frozen=True, slots=True)
+class StepGraphs:
+    forward: torch.cuda.CUDAGraph
+    sample: torch.cuda.CUDAGraph
+
+
+class CudaRunner(ModelRunner):
+    """buckets: numbers of requests whose decode step is captured, ascending; none: everything runs eagerly."""
+
+    def __init__(
+        self, model: Model, cache: CacheShape, *, buckets: Seq[int], vocab_size: int, num_rows: int, max_chunks: int,
+        max_tokens: int, blocks_per_row: int, device: torch.device,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            model, cache, vocab_size=vocab_size, num_rows=num_rows, max_chunks=max_chunks, max_tokens=max_tokens,
+            blocks_per_row=blocks_per_row, device=device,
+        )  # fmt: skip
+        self.buckets = buckets
+        self.graphs: dict[int, StepGraphs] = {}
+        self.pool = torch.cuda.graph_pool_handle()
+        self.stream, self.copy_stream = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self.stream.wait_stream(torch.cuda.current_stream(device))  # what was just filled there is used here
+        self.message = torch.zeros_like(self.table.message, device=device)
+        self.sections = self.table.views(self.message)
+        self.ring = [self._new_slot() for _ in range(RING)]
+        self.num_launched = 0
+
+    def _new_slot(self) -> RingSlot:
+        message = torch.zeros_like(self.table.message, pin_memory=True)
+        return RingSlot(message, torch.zeros(self.max_chunks, dtype=torch.int32, pin_memory=True), torch.cuda.Event())
+
+    def launch(self, chunks: list[Chunk]) -> StepHandle:
+        slot = self.ring[self.num_launched % RING]
+        slot.arrived.synchronize()  # long ago, unless that step's handle was dropped
+        self.num_launched += 1
+        shape = StepShape.of(chunks)
+        with torch.inference_mode(), torch.cuda.stream(self.stream):
+            self._send(chunks, slot)
+            self._run(shape)
+            return self._read_back(chunks, slot, shape.num_samples)
+
+    def _send(self, chunks: list[Chunk], slot: RingSlot) -> None:
+        """The step's message to the device: one copy, and one more for each load of edits that goes ahead."""
+        for last in self.table.messages(chunks):
+            slot.message.copy_(self.table.message)
+            self.message.copy_(slot.message, non_blocking=True)
+            if not last:
+                self.apply(self.sections, self.batch(EMPTY_STEP))
+                self.stream.synchronize()  # the pinned message is written again
+
+    def _run(self, shape: StepShape) -> None:
+        bucket = self._bucket(shape)
+        if graphs := self.graphs.get(bucket):
+            graphs.forward.replay()
+            self.stream.wait_stream(self.copy_stream)  # `sampled` still holds the last step's tokens
+            graphs.sample.replay()
+        elif bucket:
+            batch = self.batch(StepShape(bucket, bucket, bucket))
+            self._eager(batch)  # loads every kernel, which capturing must not
+            self.graphs[bucket] = self._capture(batch)
+        else:
+            self._eager(self.batch(shape))
+
+    def _bucket(self, shape: StepShape) -> int:
+        """The captured size that a step of decodes alone is rounded up to; 0: the step runs eagerly."""
+        if shape.num_tokens != shape.num_samples:
+            return 0
+        return next((size for size in self.buckets if size >= shape.num_tokens), 0)
+
+    def _eager(self, batch: Batch) -> None:
+        hidden = self._forward(batch)
+        self.stream.wait_stream(self.copy_stream)
+        self.sample(batch, hidden)
+
+    def _forward(self, batch: Batch) -> Tensor:
+        self.apply(self.sections, batch)
+        return self.model(batch, self.kv_layers)
+
+    def _capture(self, batch: Batch) -> StepGraphs:
+        began = time.perf_counter()
+        graphs, everything = StepGraphs(torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()), slice(None)
+        graphs.forward.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+        logits = self.model.logits(self._forward(batch).index_select(0, batch.logit_rows))
+        graphs.forward.capture_end()
+        graphs.sample.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+        self.choose(logits, batch, everything)
+        graphs.sample.capture_end()
+        # The memory of `logits` now serves the next capture as well: graphs of one pool never run at the same time.
+        took = (time.perf_counter() - began) * 1e3
+        logger.info("captured decode steps of %d requests in %.1f ms", batch.rows.shape[0], took)
+        return graphs
+
+    def _read_back(self, chunks: list[Chunk], slot: RingSlot, num_samples: int) -> StepHandle:
+        self.copy_stream.wait_stream(self.stream)
+        with torch.cuda.stream(self.copy_stream):
+            tokens = slot.tokens[:num_samples]
+            tokens.copy_(self.sampled[:num_samples], non_blocking=True)
+            slot.arrived.record()
+        return StepHandle(chunks, tokens, slot.arrived.synchronize)
+
+    def close(self) -> None:
+        torch.cuda.synchronize()
+        self.graphs.clear()
+        super().close()
+
+
+def make_runner(
+    model: Model, cache: CacheShape, *, enforce_eager: bool, vocab_size: int, num_rows: int, max_chunks: int,
+    max_tokens: int, blocks_per_row: int, device: torch.device,
+) -> ModelRunner:  # fmt: skip
+    """The runner for a device."""
+    sizes = {"vocab_size": vocab_size, "num_rows": num_rows, "max_chunks": max_chunks, "max_tokens": max_tokens}
+    if device.type == "cpu":
+        return ModelRunner(model, cache, blocks_per_row=blocks_per_row, device=device, **sizes)
+    buckets = [] if enforce_eager else bucket_ladder(max_chunks)
+    return CudaRunner(model, cache, buckets=buckets, blocks_per_row=blocks_per_row, device=device, **sizes)
+
+
+def measure_step_bytes(runner: ModelRunner, max_tokens: int, max_model_len: int) -> int:
+    """GPU memory that the largest prefill step and the largest captured decode step take and keep, in bytes."""
+    free, _ = torch.cuda.mem_get_info()
+    length = min(max_tokens, max_model_len - 1)
+    prefill = [length] * min(max_tokens // length, runner.max_chunks)
+    for lengths in (prefill, [1] * runner.max_chunks):
+        chunks = [_lone_chunk(row, n, runner.block_size) for row, n in enumerate(lengths)]
+        runner.launch(chunks).tokens()
+    torch.cuda.synchronize()
+    return free - torch.cuda.mem_get_info()[0]
+
+
+def _lone_chunk(row: int, length: int, block_size: int) -> Chunk:
+    """A whole prompt of a request that exists for a measurement, all of it in block 0."""
+    seq = Sequence("", row, [0] * length, length, SamplingParams(), length + 1, frozenset(), 0)
+    seq.row, seq.block_table = row, [0] * -(-length // block_size)
+    return Chunk(seq, 0, length, sample=True, store=True)
