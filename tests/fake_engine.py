@@ -173,7 +173,7 @@ class FakeRunner(ModelRunner):
         if not self.model.lost:  # the columns that a step does not advance are the request's
             for seq in (chunk.seq for chunk in chunks):
                 assert (self.model.row_state[seq.row, LENGTH + 1 :] == row_values(seq)[LENGTH + 1 :]).all()
-        return LostStep(chunks, handle.sampled) if fault == "tokens" else handle
+        return LostStep(chunks, handle.sampled, handle.wait) if fault == "tokens" else handle
 
     def recover(self) -> None:
         """The lost step is known of. Of the table nothing can be relied on."""
