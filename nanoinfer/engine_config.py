@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
-from nanoinfer.errors import InvalidRequest, unknown_option
-from nanoinfer.options import check_choice, check_flag, check_integer, check_number
+from nanoinfer.errors import InvalidRequest
+from nanoinfer.options import NoOp, check_choice, check_flag, check_integer, check_number, checked_names
 
 # vLLM's options that change nothing here, with the values that mean so; any other value is refused by name.
-NO_OP: dict[str, tuple[object, ...]] = {
+NO_OP: NoOp = {
     "runner": ("auto", "generate"),
     "tokenizer_mode": ("auto",),
     "tokenizer_revision": (None,),
@@ -70,12 +70,7 @@ class EngineConfig:
     def from_options(cls, model: str | Path, **options: object) -> "EngineConfig":
         """Check names first: an option of vLLM's that means nothing here must have a value that asks for nothing."""
         known = {field.name for field in fields(cls)}
-        for name, value in options.items():
-            if name in NO_OP:
-                check_choice(name, value, NO_OP[name])
-            elif name not in known:
-                raise unknown_option("the engine", name, known | NO_OP.keys())
-        return cls(str(model), **{k: v for k, v in options.items() if k in known})  # type: ignore[arg-type]
+        return cls(str(model), **checked_names("the engine", options, known, NO_OP))  # type: ignore[arg-type]
 
     def __post_init__(self) -> None:
         check_choice("load_format", self.load_format, ("auto", "safetensors", "dummy"))

@@ -7,31 +7,53 @@ from functools import wraps
 from numbers import Integral, Real
 from typing import TypeVar
 
+import numpy as np
+
 from nanoinfer.errors import InvalidRequest, unknown_option
 
 T = TypeVar("T")
+NoOp = dict[str, tuple[object, ...]]  # an option's name, and the values that ask for nothing
 
 
-def named_options(cls: type[T]) -> type[T]:
-    """Make a dataclass answer an unknown keyword with a TypeError that holds the nearest known one."""
-    init: Callable[..., None] = cls.__init__
-    known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+def checked_names(owner: str, options: dict[str, object], known: set[str], no_op: NoOp) -> dict[str, object]:
+    """The options that `known` has. One of `no_op` must have a value that asks for nothing, and is left out.
 
-    @wraps(init)
-    def checked(self: T, *args: object, **options: object) -> None:
-        for name in options.keys() - known:
-            raise unknown_option(cls.__name__, name, known)
-        init(self, *args, **options)
+    Raises InvalidRequest for another value, TypeError with the nearest name for one that is in neither.
+    """
+    for name, value in options.items():
+        if name in no_op:
+            check_choice(name, value, no_op[name])
+        elif name not in known:
+            raise unknown_option(owner, name, known | no_op.keys())
+    return {name: value for name, value in options.items() if name in known}
 
-    cls.__init__ = checked  # type: ignore[assignment, method-assign]
-    return cls
+
+def named_options(no_op: NoOp) -> Callable[[type[T]], type[T]]:
+    """Make a dataclass check its keywords' names by `checked_names`."""
+
+    def decorate(cls: type[T]) -> type[T]:
+        init: Callable[..., None] = cls.__init__
+        known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+
+        @wraps(init)
+        def checked(self: T, **options: object) -> None:
+            init(self, **checked_names(cls.__name__, options, known, no_op))
+
+        cls.__init__ = checked  # type: ignore[assignment, method-assign]
+        return cls
+
+    return decorate
 
 
 def check_number(field: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
     """Require a finite real number in [low, high], or (low, high] where open_low."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise InvalidRequest(f"{field} must be a number, got {value!r} ({type(value).__name__})")
-    number = float(value)
+    try:
+        with np.errstate(over="ignore"):
+            number = float(np.float32(float(value)))  # as the kernels will see it: 1e-50 is 0 there
+    except OverflowError:
+        number = math.inf
     if not math.isfinite(number) or not low <= number <= high or (open_low and number == low):
         raise InvalidRequest(f"{field} must lie in {'(' if open_low else '['}{low:g}, {high:g}], got {value!r}")
 

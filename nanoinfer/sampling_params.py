@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nanoinfer.errors import InvalidRequest
-from nanoinfer.options import check_flag, check_integer, check_number, named_options
+from nanoinfer.options import NoOp, check_flag, check_integer, check_number, named_options
 
 logger = logging.getLogger("nanoinfer")
 
@@ -13,8 +13,26 @@ MIN_TEMPERATURE = 0.01  # below this, logits / temperature leaves the range in w
 MAX_STOP_TOKENS = 1024
 
 
-@named_options
-@dataclass(frozen=True)
+# vLLM's parameters that change nothing here, with the values that mean so; any other value is refused by name.
+NO_OP: NoOp = {
+    "n": (1,),
+    "presence_penalty": (0, 0.0),
+    "frequency_penalty": (0, 0.0),
+    "stop": (None, []),
+    "min_tokens": (0,),
+    "logprobs": (None,),
+    "prompt_logprobs": (None,),
+    "include_stop_str_in_output": (False,),
+    "spaces_between_special_tokens": (True,),
+    "bad_words": (None, []),
+    "logit_bias": (None,),
+    "allowed_token_ids": (None,),
+    "logits_processors": (None, []),
+}
+
+
+@named_options(NO_OP)
+@dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How one request's tokens are chosen and when it ends. Wrong values raise InvalidRequest (a ValueError).
 

@@ -85,13 +85,14 @@ def test_forms_of_token_ids(llm: LLM, prompt: object) -> None:
     ("field", "value"),
     [(field, value) for field, values in {
         "temperature": [float("nan"), float("inf"), -0.1, 2.1, "0.7", None, True, Decimal("0.5")],
-        "top_p": [0, 1.1, float("nan"), "1", None, True],
+        "top_p": [0, 1e-50, 1.1, float("nan"), "1", None, True],
         "min_p": [-0.1, 1.1, float("nan"), None],
         "top_k": [-2, 2**31, 1.5, float("nan"), "5", None, True],
-        "repetition_penalty": [0, -1, float("nan"), float("inf"), 1e5, None],
+        "repetition_penalty": [0, 1e-50, -1, 10**400, float("nan"), float("inf"), 1e5, None],
         "seed": [2**63, 1.5, "1", True],
         "max_tokens": [0, -1, 2**31, 1.5, float("nan"), True],
         "stop_token_ids": ["3", [-1], [1.5], [True], 3, list(range(1025))],
+        "n": [2, 0], "stop": [["x"]], "logprobs": [5], "presence_penalty": [0.5], "min_tokens": [1],
         "ignore_eos": [1, None, "yes"],
         "detokenize": [1],
         "skip_special_tokens": [0],
@@ -107,7 +108,8 @@ def test_sampling_params(field: str, value: object) -> None:
 @pytest.mark.parametrize(
     "options",
     [{"temperature": np.float32(0.5)}, {"top_k": -1}, {"top_k": np.int64(3)}, {"seed": -1}, {"max_tokens": None},
-     {"temperature": 0.0, "top_k": 5, "top_p": 0.5}, {"stop_token_ids": []}, {"top_p": 1}, {"min_p": 1}],
+     {"temperature": 0.0, "top_k": 5, "top_p": 0.5}, {"stop_token_ids": []}, 
+     {"n": 1, "stop": None, "presence_penalty": 0.0, "logprobs": None}, {"top_p": 1}, {"min_p": 1}],
     ids=str,
 )  # fmt: skip
 def test_sampling_params_accepted(llm: LLM, options: dict[str, object]) -> None:
@@ -195,12 +197,17 @@ def test_both_forms_of_add_request(llm: LLM) -> None:
     assert engine.add_request("also mine", GOLDEN, params=GREEDY) == "also mine"
     given = engine.add_request(GOLDEN, GREEDY)
     named = engine.add_request(request_id="named", prompt=GOLDEN, params=GREEDY)
+    mixed = engine.add_request("mixed", prompt=GOLDEN, params=GREEDY)
+    with pytest.raises(TypeError, match="each once"):
+        engine.add_request(GOLDEN, GREEDY, prompt=GOLDEN)
+    with pytest.raises(InvalidRequest, match="request_id must be a string, got 7"):
+        engine.add_request(7, GOLDEN, GREEDY)
     with pytest.raises(InvalidRequest, match="'mine' belongs to an unfinished request"):
         engine.add_request("mine", GOLDEN, GREEDY)
     done = {}
     while engine.has_unfinished_requests():
         done |= {out.request_id: out for out in engine.step()}
-    assert done.keys() == {"mine", "also mine", given, named}
+    assert done.keys() == {"mine", "also mine", given, named, mixed}
     assert len({tuple(out["token_ids"]) for out in done.values()}) == 1
 
 
@@ -250,8 +257,11 @@ def test_ctrl_c_leaves_the_engine_usable(llm: LLM, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(llm.llm_engine.runner, "launch", interrupted)
     assert threading.current_thread() is threading.main_thread()
-    with pytest.raises(KeyboardInterrupt):
-        llm.generate([GOLDEN] * 3, SamplingParams(max_tokens=50, ignore_eos=True), use_tqdm=False)
+    for max_tokens in (50, 3):  # in the middle, and in the step that finishes them
+        steps = iter(range(100))
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate([GOLDEN] * 3, SamplingParams(max_tokens=max_tokens, ignore_eos=True), use_tqdm=False)
+        assert not llm.llm_engine.has_unfinished_requests()
 
 
 def test_abort_of_any_id_is_harmless(llm: LLM) -> None:
@@ -308,3 +318,12 @@ def test_cached_tokens_are_reported_and_salts_keep_apart(llm: LLM) -> None:
         for salt in ("a", "a", "b", "")
     ]
     assert cached == [0, 47, 0, 0]
+
+
+def test_own_ids_never_meet_automatic_ones(llm: LLM) -> None:
+    """A caller may have taken the id that the counter comes to next."""
+    engine = llm.llm_engine
+    taken = engine.add_request(str(engine.num_requests + 1), GOLDEN, GREEDY)
+    (out,) = llm.generate(GOLDEN, GREEDY, use_tqdm=False)
+    assert out.request_id != taken
+    assert [other.request_id for other in engine.step()] == [taken]

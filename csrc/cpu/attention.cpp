@@ -42,9 +42,8 @@ void check_chunk(const PagedAttention& p, int64_t chunk, int64_t tokens, const T
             "), got ", row);
     require(end - begin <= kv_len && kv_len <= capacity, kOp, ": kv_lens[", chunk, "] must be at least the chunk's ",
             end - begin, " tokens and at most the block table's ", capacity, ", got ", kv_len);
-    const int64_t first = std::max<int64_t>(0, kv_len - (end - begin) + 1 - p.window) / p.block_size;
     const int32_t* table = p.block_tables + row * p.table_stride;
-    for (int64_t i = first; i * p.block_size < kv_len; ++i) {
+    for (int64_t i = 0; i * p.block_size < kv_len; ++i) {
         require(0 <= table[i] && table[i] < blocks, kOp, ": block_tables[", row, "][", i, "] must be in [0, ", blocks,
                 "), got ", table[i]);
     }

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nanoinfer import ops
 from nanoinfer.batch import Batch
 from nanoinfer.engine.model_runner import EMPTY_STEP, CacheShape, Model, ModelRunner, StepHandle, StepShape
 from nanoinfer.engine.sequence import Chunk, Sequence
@@ -157,7 +158,10 @@ def make_runner(
     sizes = {"vocab_size": vocab_size, "num_rows": num_rows, "max_chunks": max_chunks, "max_tokens": max_tokens}
     if device.type == "cpu":
         return ModelRunner(model, cache, blocks_per_row=blocks_per_row, device=device, **sizes)
-    buckets = [] if enforce_eager else bucket_ladder(max_chunks)
+    missing = [name for name in ops.SCHEMAS if (name, "CUDA") not in ops.COMPILED]
+    if missing:  # plain torch reads lengths back to the host, which a graph cannot
+        logger.warning("no CUDA graphs: these ops run on plain torch: %s", ", ".join(missing))
+    buckets = [] if enforce_eager or missing else bucket_ladder(max_chunks)
     return CudaRunner(model, cache, buckets=buckets, blocks_per_row=blocks_per_row, device=device, **sizes)
 
 

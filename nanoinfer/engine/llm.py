@@ -39,8 +39,9 @@ class LLM:
         A request that fails while it runs has finish_reason "error" and leaves the others alone.
         """
         requests = self._check(_as_list(prompts), sampling_params)
-        ids = [self.llm_engine.enqueue(request) for request in requests]
+        ids: list[str] = []
         try:
+            ids.extend(self.llm_engine.enqueue(request) for request in requests)
             done = self._run(ids, use_tqdm)
         finally:  # after Ctrl-C nothing of this call stays behind
             self.llm_engine.abort_request(ids)

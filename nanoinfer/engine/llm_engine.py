@@ -1,6 +1,7 @@
 """LLMEngine: requests in, steps, outputs out. It knows nothing of HTTP, threads or asyncio."""
 
 from collections.abc import Iterable
+from itertools import count
 from pathlib import Path
 from typing import cast
 
@@ -56,9 +57,11 @@ class LLMEngine:
         defaults hold. Returns the id. Raises InvalidRequest, and nothing is queued then.
         """
         params = params or sampling_params
-        names = ["request_id", "prompt", "params"] if len(args) + (params is not None) == 3 else ["prompt", "params"]
-        if len(args) > len(names):
-            raise TypeError(f"add_request takes (request_id, prompt, params), got {len(args)} positional arguments")
+        all_three = len(args) + (prompt is not None) + (params is not None) == 3
+        names = ["request_id", "prompt", "params"] if all_three else ["prompt", "params"]
+        named = {"request_id": request_id, "prompt": prompt, "params": params}
+        if len(args) > len(names) or any(named[name] is not None for name in names[: len(args)]):
+            raise TypeError(f"add_request takes (request_id, prompt, params), each once; got {len(args)} by position")
         given = {"request_id": request_id, "prompt": prompt, "params": params} | dict(zip(names, args, strict=False))
         request = self.check(cast(PromptType, given["prompt"]), cast("SamplingParams | None", given["params"]))
         return self.enqueue(request, cast("str | None", given["request_id"]))
@@ -67,12 +70,17 @@ class LLMEngine:
         """The request, validated; nothing is queued. Raises InvalidRequest, EngineDead."""
         if self.dead:
             raise EngineDead(self.dead)
-        return make_request(prompt, params or self.default_sampling_params(), self.tokenizer, self.limits)
+        return make_request(
+            prompt, self.default_sampling_params() if params is None else params, self.tokenizer, self.limits
+        )
 
     def enqueue(self, request: Request, request_id: str | None = None) -> str:
         """Queue a checked request under an id of its own. Raises InvalidRequest where a live one has that id."""
         index = self.num_requests
-        request_id = str(index) if request_id is None else request_id
+        if request_id is None:
+            request_id = next(name for name in map(str, count(index)) if name not in self.sequences)
+        elif not isinstance(request_id, str):
+            raise InvalidRequest(f"request_id must be a string, got {request_id!r}")
         if request_id in self.sequences:
             raise InvalidRequest(f"request_id {request_id!r} belongs to an unfinished request")
         params = request.params
@@ -98,9 +106,11 @@ class LLMEngine:
 
     def abort_request(self, request_ids: str | Iterable[str]) -> None:
         """End requests now; unknown and finished ids are ignored. Their output is not returned."""
-        for request_id in [request_ids] if isinstance(request_ids, str) else list(request_ids):
+        ids = {request_ids} if isinstance(request_ids, str) else set(request_ids)
+        for request_id in ids:
             if seq := self.sequences.pop(request_id, None):
                 self.scheduler.abort(seq)
+        self.held = [output for output in self.held if output.request_id not in ids]
 
     def has_unfinished_requests(self) -> bool:
         return bool(self.sequences or self.loop.launched or self.held)
@@ -130,7 +140,7 @@ class LLMEngine:
                 raise
             for seq in finished:
                 del self.sequences[seq.request_id]
-                self.held.append(self._output(seq))
+            self.held += [self._output(seq) for seq in finished]
         outputs, self.held = self.held, []  # not reached by an interrupt: the next step returns them
         return outputs
 
@@ -154,5 +164,6 @@ class LLMEngine:
         if self.dead != CLOSED:
             self.dead = CLOSED
             self.sequences.clear()
+            self.held.clear()
             self.loop.launched.clear()
             self.runner.close()

@@ -24,8 +24,9 @@ class Model(Protocol):
 
 
 GIB = 2**30
-# Rows of logits in memory at once: 64 rows of 151,936 float32 are 39 MB.
-LOGIT_ROWS = 64
+# Rows of logits in memory at once. Up to so many, `linear` gives unrounded float32 logits in half precision as well;
+# more rows would go through the library's product, which rounds them, and ties would then depend on the batch.
+LOGIT_ROWS = ops.THIN_ROWS
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,7 +50,7 @@ def start(config: EngineConfig, num_rows: int) -> Parts:
     weights = _weight_bytes(model_config, dtype)
     cache = _plan_cache(config, model_config, dtype, traits, weights)
     limits = _plan_limits(config, model_config, cache)
-    model = _load(config, model_config, path, device, dtype)
+    model = _load(config, model_config, path, device, dtype, limits.max_model_len)
     max_tokens = config.max_num_batched_tokens or traits.max_num_batched_tokens
     make = partial(
         make_runner, model, enforce_eager=config.enforce_eager, num_rows=num_rows,
@@ -70,11 +70,16 @@ def start(config: EngineConfig, num_rows: int) -> Parts:
 
 
 def _load(
-    config: EngineConfig, model_config: ModelConfig, path: Path, device: torch.device, dtype: torch.dtype
+    config: EngineConfig,
+    model_config: ModelConfig,
+    path: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_length: int,
 ) -> CausalLM:
     began = time.perf_counter()
     model = load_model(
-        path, model_config, device=device, dtype=dtype, tp=TP(), max_length=model_config.max_length,
+        path, model_config, device=device, dtype=dtype, tp=TP(), max_length=max_length,
         load_format=config.load_format, seed=config.seed,
     )  # fmt: skip
     weights = sum(p.numel() * p.element_size() for p in model.parameters())

@@ -74,7 +74,7 @@ def load_hf_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelLoadError(
             f"{folder} holds no tokenizer ({error}); pass tokenizer=FOLDER, or skip_tokenizer_init=True to work "
