@@ -64,17 +64,17 @@ def check_engine(engine: "FakeEngine") -> None:
     _check_entries(engine)
     _check_queues(engine)
     _check_in_flight(engine)
-    for seq in engine.all:
+    for seq in engine.live:
         _check_sequence(engine, seq)
 
 
 def _check_blocks(engine: "FakeEngine") -> None:
     """Free and used blocks partition the pool; a reference count is the number of tables that hold the block."""
     blocks = engine.blocks
-    held = Counter(block for seq in engine.all for block in seq.block_table)
+    held = Counter(block for seq in engine.live for block in seq.block_table)
     assert [held[block] for block in range(blocks.num_blocks)] == blocks.ref_counts
     assert set(blocks.free) == {block for block in range(blocks.num_blocks) if not held[block]}
-    for seq in engine.all:
+    for seq in engine.live:
         assert len(set(seq.block_table)) == len(seq.block_table), "a table holds a block twice"
 
 
@@ -108,7 +108,7 @@ def _check_queues(engine: "FakeEngine") -> None:
         assert all(seq.status is status for seq in queue)
         assert [seq.index for seq in queue] == sorted({seq.index for seq in queue})
     assert {seq.index for seq in waiting + running} == {seq.index for seq in engine.sequences.values()}
-    rows = engine.scheduler.free_rows + [seq.row for seq in engine.all if seq.row >= 0]
+    rows = engine.scheduler.free_rows + [seq.row for seq in engine.live if seq.row >= 0]
     assert sorted(rows) == sorted(engine.rows), "rows are lost or owned twice"
     if not engine.runner.model.lost:
         assert not engine.doomed & engine.sequences.keys(), "a request outlives the step that failed it"
@@ -120,7 +120,7 @@ def _check_in_flight(engine: "FakeEngine") -> None:
     assert len(engine.loop.launched) <= engine.loop.steps_ahead
     in_flight = Counter(chunk.seq.index for chunk in launched)
     pending = Counter(chunk.seq.index for chunk in launched if chunk.sample)
-    for seq in engine.all:
+    for seq in engine.live:
         assert seq.in_flight == in_flight[seq.index]
         if seq.status is not Status.FINISHED:
             assert seq.pending == pending[seq.index]

@@ -24,7 +24,7 @@ from nanoinfer.engine.llm_engine import LLMEngine
 from nanoinfer.engine.model_runner import CacheShape, DeviceTraits, ModelRunner, StepHandle
 from nanoinfer.engine.request_table import row_values
 from nanoinfer.engine.requests import Limits
-from nanoinfer.engine.sequence import Chunk, Sequence
+from nanoinfer.engine.sequence import Chunk, Sequence, Status
 from nanoinfer.engine.startup import Parts
 from nanoinfer.engine_config import EngineConfig
 from nanoinfer.outputs import RequestOutput
@@ -126,8 +126,11 @@ class FakeModel:
         return (blocks[:, None] * self.block_size + np.arange(self.block_size)).ravel()[:length]
 
 
-class LostStep(StepHandle):
+@dataclass(frozen=True)
+class LostStep:
     """A launched step whose tokens never arrive."""
+
+    chunks: list[Chunk]
 
     def tokens(self) -> list[int]:
         raise RuntimeError("injected: the step is lost")
@@ -150,14 +153,14 @@ class FakeRunner(ModelRunner):
         self.fault: str | None = None  # "before" or "after" the launch, or "tokens": when they are asked for
         self.model.row_state, self.model.slot_tokens = self.table.row_state.numpy(), self.table.slot_tokens.numpy()
 
-    def launch(self, chunks: list[Chunk]) -> StepHandle:
+    def launch(self, chunks: list[Chunk]) -> StepHandle | LostStep:
         try:
             return self._launch(chunks)
         except AssertionError as error:  # the loop would take it for a failed step
             self.violation = error
             raise
 
-    def _launch(self, chunks: list[Chunk]) -> StepHandle:
+    def _launch(self, chunks: list[Chunk]) -> StepHandle | LostStep:
         fault, self.fault = self.fault, None
         check_launch(self.engine, chunks)
         self.engine.history.append([(chunk.seq.request_id, chunk.start, chunk.end) for chunk in chunks])
@@ -173,7 +176,7 @@ class FakeRunner(ModelRunner):
         if not self.model.lost:  # the columns that a step does not advance are the request's
             for seq in (chunk.seq for chunk in chunks):
                 assert (self.model.row_state[seq.row, LENGTH + 1 :] == row_values(seq)[LENGTH + 1 :]).all()
-        return LostStep(chunks, handle.sampled, handle.wait) if fault == "tokens" else handle
+        return LostStep(chunks) if fault == "tokens" else handle
 
     def recover(self) -> None:
         """The lost step is known of. Of the table nothing can be relied on."""
@@ -193,6 +196,7 @@ class FakeEngine(LLMEngine):
         self.budget = budget
         self.truths: dict[str, Truth] = {}
         self.all: list[Sequence] = []
+        self.live: list[Sequence] = []  # those of them that are unfinished, or named by a launched step
         self.history: list[list[tuple[str, int, int]]] = []  # of each step its chunks: request, start, end
         self.doomed: set[str] = set()  # ids that were in a step that failed
         self.entry_hashes: dict[int, int | None] = {}  # prefix cache entry -> hash of the prefix that it stands for
@@ -232,6 +236,7 @@ class FakeEngine(LLMEngine):
         max_length = min(len(prompt) + max_tokens, self.limits.max_model_len)
         self.truths[request_id] = tell_truth(prompt, salt, max_length, ends, nan_at)
         self.all.append(seq)
+        self.live.append(seq)
         return seq
 
     def step(self) -> list[RequestOutput]:
@@ -244,6 +249,7 @@ class FakeEngine(LLMEngine):
         for output in outputs:
             self._check_output(output)
         check_engine(self)
+        self.live = [seq for seq in self.live if seq.in_flight or seq.status is not Status.FINISHED]
         self.first_new_entry = self.blocks.next_entry
         self.sound = True
         return outputs
@@ -262,12 +268,11 @@ class FakeEngine(LLMEngine):
 
     def drain(self) -> list[RequestOutput]:
         """Run to the end, within the steps that arrival order allows, and see that everything came back."""
-        live = self.sequences.values()
         # The earliest request moves on in every other step at least, by a token or more.
-        bound = 2 + sum(2 * (seq.max_length + 2) for seq in live)
+        bound = 2 + sum(2 * (seq.max_length + 2) for seq in self.live)
         outputs = list[RequestOutput]()
         while self.has_unfinished_requests():
-            assert bound > 0, f"no progress: {[seq.request_id for seq in live]}"
+            assert bound > 0, f"no progress: {list(self.sequences)}"
             outputs += self.step()
             bound -= 1
         check_drained(self)

@@ -1,6 +1,6 @@
 """Does the stateful test see a bug? Puts those of mutants.txt into the scheduling core, one at a time, and looks.
 
-    python tests/mutants.py [--examples 400] [name ...]
+    python tests/mutants.py [--examples N] [--random] [name ...]
 
 The stateful test must fail on a copy of the package with the mutant in it, within the number of runs that CI makes;
 it must pass on those that are listed as harmless, which change speed alone. Prints a line for each; exits with 1
@@ -67,7 +67,7 @@ def mutate(mutant: Mutant, folder: Path) -> None:
     path.write_text(text)
 
 
-def run_stateful_test(folder: str, examples: int) -> str:
+def run_stateful_test(folder: str, examples: int, random: bool) -> str:
     """In a process of its own: how the test failed on the package in folder, and after how many runs; "" if not."""
     sys.path[:0] = [folder, str(ROOT / "tests")]
     torch.set_num_threads(1)
@@ -85,7 +85,7 @@ def run_stateful_test(folder: str, examples: int) -> str:
             super().__init__()
 
     try:
-        test.run(Counted, examples, shrink=False)
+        test.run(Counted, examples or test.EXAMPLES, random=random, shrink=False)
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         reason = (str(error).splitlines() or [""])[0][:60]
@@ -93,13 +93,13 @@ def run_stateful_test(folder: str, examples: int) -> str:
     return ""
 
 
-def check(mutant: Mutant, examples: int) -> bool:
+def check(mutant: Mutant, examples: int, random: bool) -> bool:
     """Try one mutant and print what became of it; whether that is what is listed."""
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("fork").Pool(1) as pool:
         mutate(mutant, Path(folder))
         try:
-            death = pool.apply_async(run_stateful_test, (folder, examples)).get(SECONDS_PER_MUTANT)
+            death = pool.apply_async(run_stateful_test, (folder, examples, random)).get(SECONDS_PER_MUTANT)
         except multiprocessing.TimeoutError:
             death = "it hangs"
     as_listed = mutant.harmless == (death == "")
@@ -111,13 +111,14 @@ def check(mutant: Mutant, examples: int) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Check that the stateful test sees hand-made bugs.")
     parser.add_argument("names", nargs="*", help="mutants to try; all if none is given")
-    parser.add_argument("--examples", type=int, default=400)
+    parser.add_argument("--examples", type=int, default=0, help="runs of the test; 0: as many as in CI")
+    parser.add_argument("--random", action="store_true", help="new runs instead of those that CI makes")
     options = parser.parse_args()
     mutants = read_mutants((Path(__file__).parent / "mutants.txt").read_text())
     chosen = [mutant for mutant in mutants if not options.names or mutant.name in options.names]
     if unknown := set(options.names) - {mutant.name for mutant in mutants}:
         parser.error(f"no such mutant: {', '.join(sorted(unknown))}")
-    wrong = sum(not check(mutant, options.examples) for mutant in chosen)
+    wrong = sum(not check(mutant, options.examples, options.random) for mutant in chosen)
     sys.exit(wrong > 0)
 
 
