@@ -12,6 +12,7 @@ real model's shape with random weights. Of several engines each runs in a proces
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -221,6 +222,8 @@ RUN = {"throughput": run_throughput, "latency": run_latency, "startup": run_star
 def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("nanoinfer").setLevel(logging.INFO)
     if args.plot:
         plot.check_matplotlib()
     RUN[args.command](args, [__file__, *argv])

@@ -7,6 +7,7 @@ Without --model it is the bundled demo model, which continues Python code.
 """
 
 import argparse
+import logging
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -52,6 +53,8 @@ def as_chat(llm: LLM, prompt: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("nanoinfer").setLevel(logging.INFO)  # a line each for load, KV pool and capture
     shown = args.prompt or PROMPTS
     with LLM(args.model, device=args.device, dtype=args.dtype) as llm:
         prompts = [as_chat(llm, prompt) for prompt in shown] if args.chat else shown

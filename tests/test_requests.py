@@ -108,7 +108,7 @@ def test_sampling_params(field: str, value: object) -> None:
 @pytest.mark.parametrize(
     "options",
     [{"temperature": np.float32(0.5)}, {"top_k": -1}, {"top_k": np.int64(3)}, {"seed": -1}, {"max_tokens": None},
-     {"temperature": 0.0, "top_k": 5, "top_p": 0.5}, {"stop_token_ids": []}, 
+     {"temperature": 0.0, "top_k": 5, "top_p": 0.5}, {"stop_token_ids": []},
      {"n": 1, "stop": None, "presence_penalty": 0.0, "logprobs": None}, {"top_p": 1}, {"min_p": 1}],
     ids=str,
 )  # fmt: skip
