@@ -172,7 +172,8 @@ def thin_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, float_out
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, float_out: bool = False) -> Tensor:
     """`thin_linear` where that is faster, the library's matrix product elsewhere. x [M, K] -> [M, N]."""
-    if x.shape[0] <= THIN_ROWS and x.dtype != torch.float32 and ("thin_linear", x.device.type.upper()) in COMPILED:
+    thin = x.shape[0] <= THIN_ROWS and x.dtype in (torch.bfloat16, torch.float16)
+    if thin and ("thin_linear", x.device.type.upper()) in COMPILED:
         return thin_linear(x, weight, bias, float_out)
     out = F.linear(x, weight, bias)
     return out.float() if float_out else out
