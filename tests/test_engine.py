@@ -1,35 +1,37 @@
 """The engine gives Hugging Face's tokens, whatever the schedule."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers import save_checkpoint
 from transformers import Qwen2ForCausalLM
 
-from nanoinfer import LLM, SamplingParams
+from nanoinfer import LLM, LLMEngine, SamplingParams
+from nanoinfer.engine.sequence import Sequence
 
 DEMO = Path(__file__).parent.parent / "nanoinfer" / "assets" / "demo"
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 # (heads, kv heads, head dim) of the 0.5B, 1.5B and 7B models; hidden size and layers are cut.
 LAYOUTS = {"0.5b": (14, 2, 64, True), "1.5b": (12, 2, 128, True), "7b": (28, 4, 128, False)}
 LENGTHS = [1, 2, 15, 16, 17, 33, 64, 100, 5]
+# Pools that hold the longest request and little more: the others, growing, push each other out.
+SMALL_POOL = {"num_gpu_blocks_override": 9, "max_model_len": -1}
 # Each limit alone is odd; every one must leave the tokens as they are.
 SCHEDULES: dict[str, dict[str, object]] = {
     "all at once": {},
     "one at a time": {"max_num_seqs": 1},
     "budget 7": {"max_num_batched_tokens": 7},
     "block size 1": {"block_size": 1},
-    "small pool": {"num_gpu_blocks_override": 12, "max_model_len": -1},
-    "small pool, block size 1": {"num_gpu_blocks_override": 130, "block_size": 1, "max_model_len": -1},
+    "small pool": SMALL_POOL,
+    "small pool, block size 1": {**SMALL_POOL, "num_gpu_blocks_override": 145, "block_size": 1},
     "no prefix cache": {"enable_prefix_caching": False, "max_num_batched_tokens": 64},
     "a step ahead": {"async_scheduling": True},
-    "a step ahead, small pool, budget 7": {
-        "async_scheduling": True, "num_gpu_blocks_override": 12, "max_model_len": -1, "max_num_batched_tokens": 7,
-    },
-}  # fmt: skip
+    "a step ahead, small pool, budget 7": {**SMALL_POOL, "async_scheduling": True, "max_num_batched_tokens": 7},
+}
 
 
 @dataclass(frozen=True)
@@ -95,14 +97,27 @@ def check_nothing_kept(llm: LLM) -> None:
     assert not engine.has_unfinished_requests()
 
 
+def generate(engine: LLMEngine, prompts: list[Any], params: SamplingParams) -> list[Sequence]:
+    """Run prompts to their end; what became of each, preemptions included."""
+    ids = [engine.add_request(prompt, params) for prompt in prompts]
+    sequences = [engine.sequences[request_id] for request_id in ids]
+    while engine.has_unfinished_requests():
+        engine.step()
+    assert [seq.finish_reason for seq in sequences] == ["length"] * len(prompts)
+    return sequences
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_tokens_are_those_of_hugging_face(checkpoint: Checkpoint, schedule: str) -> None:
     """Batching, chunking, preemption, block sizes, cold and cached: none changes a greedy token in fp32."""
-    prompts = make_prompts(LENGTHS)
+    prompts, small = make_prompts(LENGTHS), "small pool" in schedule
+    params = replace(GREEDY, max_tokens=40) if small else GREEDY  # long enough to outgrow the pool
     with make_llm(checkpoint.folder, **SCHEDULES[schedule]) as llm:
-        cold = [out.outputs[0].token_ids for out in llm.generate(prompts, GREEDY, use_tqdm=False)]
-        cached = [out.outputs[0].token_ids for out in llm.generate(prompts, GREEDY, use_tqdm=False)]
+        runs = [generate(llm.llm_engine, prompts, params) for _ in range(2)]
         check_nothing_kept(llm)
+    for run in runs:
+        assert any(seq.num_preemptions for seq in run) == small, "a schedule must do what its name says"
+    cold, cached = ([seq.output_tokens for seq in run] for run in runs)
     ties = 0
     for prompt, first, second in zip(prompts, cold, cached, strict=True):
         ties += check_greedy(checkpoint.hf, prompt, first)
@@ -121,20 +136,6 @@ def test_long_prompts(checkpoint: Checkpoint, options: dict[str, object]) -> Non
         check_nothing_kept(llm)
 
 
-def test_small_pool_preempts(checkpoint: Checkpoint) -> None:
-    """The schedule named for preemption does preempt: otherwise it would test nothing."""
-    with make_llm(checkpoint.folder, num_gpu_blocks_override=12, max_model_len=-1) as llm:
-        engine = llm.llm_engine
-        for prompt in make_prompts(LENGTHS):
-            engine.add_request(prompt, SamplingParams(temperature=0, max_tokens=40, ignore_eos=True))
-        sequences = list(engine.sequences.values())
-        while engine.has_unfinished_requests():
-            engine.step()
-        assert sum(seq.num_preemptions for seq in sequences) > 0
-        assert all(len(seq.output_tokens) == 40 for seq in sequences)
-        check_nothing_kept(llm)
-
-
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_demo_model_matches_without_exception(schedule: str) -> None:
     """A trained model's logits are not flat: no tie is an excuse."""
@@ -145,6 +146,8 @@ def test_demo_model_matches_without_exception(schedule: str) -> None:
     with LLM(DEMO, dtype="float32", device="cpu", **SCHEDULES[schedule]) as llm:
         params = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True)
         for _ in range(2):  # cold, then cached
-            for out in llm.generate(texts, params, use_tqdm=False):
-                check_greedy(hf, out.prompt_token_ids, out.outputs[0].token_ids, exact=True)
+            run = generate(llm.llm_engine, texts, params)
+            for seq in run:
+                check_greedy(hf, seq.tokens[: seq.num_prompt_tokens], seq.output_tokens, exact=True)
+            assert any(seq.num_preemptions for seq in run) == ("small pool" in schedule)
         check_nothing_kept(llm)
