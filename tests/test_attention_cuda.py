@@ -1,0 +1,118 @@
+"""paged_attention on CUDA beyond what holds on every device: graphs, long sequences, numbers out of range."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from op_helpers import assert_error
+from test_attention import NO_CHUNK, Case, Chunks, int32, make_case
+
+from nanoinfer import ops
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+HALVES = [torch.bfloat16, torch.float16]
+QWEN2 = [(14, 2, 64), (12, 2, 128), (28, 4, 128)]
+
+
+@pytest.mark.parametrize("layout", [*QWEN2, (40, 2, 64), (4, 1, 256)])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_many_splits(dtype: torch.dtype, layout: tuple[int, int, int]) -> None:
+    """Sequences of more splits than one fit their partial results: alone, with drafts, among short ones."""
+    case = make_case([(1, 40000), (4, 9000), (1, 20), (8, 3000)], layout, dtype, "cuda")
+    assert_error(case.attend(), case.defined(dtype), case.defined(torch.float64))
+
+
+def test_more_chunks_than_a_warp_sees_at_once() -> None:
+    """Work is found 32 chunks at a time: nothing is lost or done twice at the seams, nor for empty chunks between."""
+    chunks = [(0, 0) if i % 7 == 3 else (1 + i % 3, 5 + 37 * i % 600) for i in range(150)]
+    case = make_case(chunks, (14, 2, 64), torch.bfloat16, "cuda")
+    assert_error(case.attend(), case.defined(torch.bfloat16), case.defined(torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_repeats_are_bit_equal(dtype: torch.dtype) -> None:
+    """200 times the same step, with every kernel at work."""
+    case = make_case([(1, 3000), (37, 37), (3, 310), (130, 300), (8, 600)], (14, 2, 64), dtype, "cuda")
+    first = case.attend()
+    assert all(torch.equal(case.attend(), first) for _ in range(200))
+
+
+def captured(case: Case) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    case.attend()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = ops.paged_attention(*case.args())
+    return graph, out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("decode", [True, False])
+def test_graph_follows_lengths(dtype: torch.dtype, decode: bool) -> None:
+    """A captured step, replayed with other lengths and padding chunks, does what the op does with them."""
+    chunks: Chunks = [(1, 900), (1, 700), (1, 300), (1, 40)] if decode else [(30, 900), (1, 700), (9, 300), (5, 40)]
+    case = make_case(chunks, (12, 2, 128), dtype, "cuda")
+    if decode:
+        case = replace(case, q=case.q[:-NO_CHUNK])
+    graph, out = captured(case)
+    for lengths, kv_lens in (([1, 1, 1, 1], [1, 2, 300, 17]), ([1, 1, 0, 0], [899, 257, 0, 0]), ([0] * 4, [0] * 4),
+                             ([2, 0, 1, 1], [512, 0, 16, 40]), ([4, 0, 0, 0], [640, 0, 0, 0])):  # fmt: skip
+        starts = torch.tensor([0, *lengths]).cumsum(0)
+        case.q_starts.copy_(starts)
+        case.kv_lens.copy_(int32(kv_lens, "cuda"))
+        graph.replay()
+        assert torch.equal(out[: int(starts[-1])], case.attend()), (lengths, kv_lens)
+        if sum(lengths):
+            assert_error(case.attend(), case.defined(dtype), case.defined(torch.float64))
+
+
+def test_tokens_of_no_chunk_stay_unwritten() -> None:
+    """Their memory may belong to what the next kernel has already begun to write."""
+    case = make_case([(1, 300), (20, 40)], (14, 2, 64), torch.bfloat16, "cuda")
+    graph, out = captured(case)
+    out.fill_(7)
+    graph.replay()
+    assert torch.equal(out[-NO_CHUNK:], torch.full_like(out[-NO_CHUNK:], 7))
+    assert not out[:-NO_CHUNK].isnan().any()
+
+
+@pytest.mark.parametrize("name", ["q_starts", "kv_lens", "rows", "block_tables"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_numbers_out_of_range_touch_nothing_outside(dtype: torch.dtype, name: str) -> None:
+    """The device's numbers cannot be checked without waiting for it: wrong ones give wrong results, and no fault."""
+    case = make_case([(1, 300), (20, 90)], (14, 2, 64), dtype, "cuda")
+    for wrong in (2**31 - 1, -(2**31), -1, 10**6):
+        number = torch.full_like(getattr(case, name), wrong)
+        ops.paged_attention(*replace(case, **{name: number}).args())
+    torch.cuda.synchronize()
+    assert_error(case.attend(), case.defined(dtype), case.defined(torch.float64))
+
+
+REFUSED = {
+    "q must have dtype": lambda c: replace(c, q=c.q.double()),
+    "kv must have dtype": lambda c: replace(c, kv=c.kv.half()),
+    "kv must have contiguous memory": lambda c: replace(c, kv=c.kv[:, :, :, ::2]),
+    "head_dim must be 32, 64, 96, 128 or 256, got 48": lambda c: replace(
+        c, q=c.q[..., :48].contiguous(), kv=c.kv[..., :48].contiguous()
+    ),
+    "the heads of q must be a multiple of those of kv, got 5 and 2": lambda c: replace(c, q=c.q[:, :5]),
+    "block size of kv must be a power of two from 16 on, got 8": lambda c: replace(
+        c, kv=c.kv[:, :, :, :8].contiguous()
+    ),
+    "scale must be positive and finite, got 0": lambda c: replace(c, scale=0.0),
+    "window must be 0 or more, got -1": lambda c: replace(c, window=-1),
+    "q must have tokens at multiples of 16 bytes": lambda c: replace(
+        c, q=torch.zeros(7, 385, dtype=c.q.dtype, device="cuda")[:, 1:].unflatten(1, (6, 64))
+    ),
+    "kv_lens must have device cuda:0, got cpu": lambda c: replace(c, kv_lens=c.kv_lens.cpu()),
+    "block_tables must have dtype": lambda c: replace(c, block_tables=c.block_tables.long()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_refused(message: str) -> None:
+    """Each check at the door says what was wanted and what came."""
+    case = make_case([(3, 12), (1, 5)], (6, 2, 64), torch.bfloat16, "cuda")
+    with pytest.raises(RuntimeError, match=f"paged_attention: {message}"):
+        REFUSED[message](case).attend()
