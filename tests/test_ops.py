@@ -181,8 +181,9 @@ def messages(draw: st.DrawFn) -> dict[str, Tensor | int]:
         (row, *draw(st.lists(st.integers(0, 9), min_size=16, max_size=16)))
         for row in draw(st.sets(st.sampled_from(rows)))
     ]
+    # An edit names a block of its own: two positions at one slot would leave open which token it holds.
     edits = [
-        (row, draw(st.integers(0, blocks - 1)), int(tables[row, -1])) for row in draw(st.sets(st.sampled_from(rows)))
+        (row, draw(st.integers(0, blocks - 1)), tables.numel() + row) for row in draw(st.sets(st.sampled_from(rows)))
     ]
     chunks, tokens = [], []
     for row in rows[: draw(st.integers(0, num_rows))]:
@@ -202,7 +203,7 @@ def messages(draw: st.DrawFn) -> dict[str, Tensor | int]:
         header=int32(len(new), len(edits), len(chunks), len(tokens)), new_rows=padded(new, 1 + ROW_STATE_WIDTH),
         edits=padded(edits, 3), chunks=padded(chunks, 4), new_tokens=padded([(t,) for t in tokens], 1).flatten(),
         row_state=make_rows(num_rows), block_tables=tables,
-        slot_tokens=torch.full((tables.numel() * block_size,), INT_CANARY, dtype=torch.int32),
+        slot_tokens=torch.full(((tables.numel() + num_rows) * block_size,), INT_CANARY, dtype=torch.int32),
         **{name: torch.full((size + padding,), INT_CANARY, dtype=torch.int32) for name, size in sizes.items()},
         block_size=block_size,
     )  # fmt: skip

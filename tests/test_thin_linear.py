@@ -31,7 +31,7 @@ def assert_accurate(x: Tensor, weight: Tensor, bias: Tensor | None, float_out: b
     """Error at most twice plain torch's, or at most that of adding one product after the other, against float64.
 
     The second counts for float32 results alone, where torch's own order of additions decides the first. To be off by
-    one unit in the last place of the largest result is always allowed.
+    one unit in the last place of the largest result, and in float32 of the largest sum of magnitudes, is allowed.
     """
     out = ops.thin_linear(x, weight, bias, float_out)
     plain = reference.thin_linear(x, weight, bias, float_out)
@@ -41,7 +41,8 @@ def assert_accurate(x: Tensor, weight: Tensor, bias: Tensor | None, float_out: b
     truth = reference.thin_linear(x.double(), weight.double(), None if bias is None else bias.double(), False).cpu()
     assert out.dtype == plain.dtype and out.shape == plain.shape and out.is_contiguous()
     error, plain_error, slow_error = ((y.double().cpu() - truth).abs().max() for y in (out, plain, one_by_one))
-    rounding = torch.finfo(out.dtype).eps / 2 * truth.abs().max()
+    magnitude = reference.thin_linear(x.double().abs(), weight.double().abs(), None, False).max().cpu()
+    rounding = torch.finfo(out.dtype).eps / 2 * truth.abs().max() + torch.finfo(torch.float32).eps / 2 * magnitude
     assert error <= max(2 * plain_error, slow_error, 2 * rounding)
 
 
@@ -55,9 +56,9 @@ def test_error_is_at_most_twice_torchs(device: str, dtype: torch.dtype, out_dim:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_row_depends_on_itself_alone(dtype: torch.dtype) -> None:
+def test_a_row_depends_on_itself_alone(device: str, dtype: torch.dtype) -> None:
     """Bit-equal results alone and among any number of other rows: the batch does not change tokens."""
-    x, weight, bias = make(ops.THIN_ROWS, 203, 453, dtype)
+    x, weight, bias = make(ops.THIN_ROWS, 203, 453, dtype, device)
     alone = torch.cat([ops.thin_linear(row[None], weight, bias, True) for row in x])
     for rows in ALL_ROWS:
         assert torch.equal(ops.thin_linear(x[:rows], weight, bias, True), alone[:rows]), rows
@@ -92,14 +93,14 @@ def test_empty_sizes(device: str) -> None:
         assert torch.equal(out, bias.expand(rows, out_dim)) if dim == 0 else out.shape == (rows, out_dim)
 
 
-def test_infinities_and_nan_stay_in_their_row() -> None:
+def test_infinities_and_nan_stay_in_their_row(device: str) -> None:
     """What is not finite reaches the results that read it, and no other."""
-    x, weight, _ = make(6, 30, 70, torch.bfloat16)
+    x, weight, _ = make(6, 30, 70, torch.bfloat16, device)
     x[2, 69], weight[11, 0] = torch.nan, torch.inf
     finite = torch.isfinite(ops.thin_linear(x, weight))
     expected = torch.ones(6, 30, dtype=torch.bool)
     expected[2], expected[:, 11] = False, False
-    assert torch.equal(finite, expected)
+    assert torch.equal(finite.cpu(), expected)
 
 
 def test_opcheck(device: str) -> None:
@@ -113,7 +114,8 @@ def test_opcheck(device: str) -> None:
 @settings(max_examples=60, deadline=None)
 def test_any_size(rows: int, out_dim: int, dim: int, dtype: torch.dtype, float_out: bool) -> None:
     """The error rule holds for sizes nobody thought of."""
-    assert_accurate(*make(rows, out_dim, dim, dtype), float_out)
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        assert_accurate(*make(rows, out_dim, dim, dtype, device), float_out)
 
 
 REFUSED = {

@@ -1,0 +1,235 @@
+#pragma once
+// Linear layer for few rows of x, bound by reading the weights once.
+//
+// Halves go through the tensor cores (mma.m16n8k16): x is the left matrix, padded to 16 rows, the weights are the right
+// one, 8 of their rows at a time. So 16 rows of x cost what one does, and a row's sums are the same whatever the others
+// are. The tensor cores add up along k in any order we like, as long as both matrices agree. Hence a thread takes 16
+// bytes, 8 neighbours along k, of "its" row of each matrix, and calls the first four the numbers of one multiplication,
+// the last four those of another: everything goes from memory to registers as it lies, 16 bytes a load.
+//
+// Floats, which only tests and reference runs use, take plain multiplications, a warp for each weight row.
+
+#include "vec.cuh"
+
+namespace nanoinfer::cuda {
+
+struct ThinLinear {
+    const void* x;       // [rows, dim], rows x_stride apart
+    const void* weight;  // [out_dim, dim], rows weight_stride apart
+    const void* bias;    // [out_dim]; null: none
+    void* out;           // [rows, out_dim], of x's dtype, or float where float_out
+    int rows;            // at most kThinRows
+    int64_t dim, out_dim, x_stride, weight_stride;
+    bool float_out;
+};
+
+constexpr int kThinRows = 16;  // rows of an mma's left matrix
+constexpr int kTileCols = 8;   // weight rows of an mma's right matrix
+constexpr int kSlice = 32;     // numbers along k that a warp's load covers: 4 lanes of 8
+constexpr int kMaxSplit = 16;
+// Loads of weights that a lane has under way at once. With 16 warps that is 64 KB an SM: what an SM's share of an
+// H200's memory (4.25 TB/s, 800 ns) asks for is 26 KB.
+constexpr int kLoads = 8;
+
+// How a launch cuts the weights: a block has `cols` x 8 weight rows, of which its `split` warps take turns along k. The
+// split decides the order of additions, and so depends on the weights' shape alone.
+struct ThinPlan {
+    int cols, split;
+};
+
+template <typename T>
+__device__ inline void mma(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    if constexpr (std::is_same_v<T, __half>) {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    } else {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    }
+}
+
+// 16 bytes, or zeros unless `there`. Weights are read once, so they shall not displace x in the first cache. Volatile,
+// or the compiler moves each load down to its use, and a lane has but one under way.
+__device__ inline uint4 load_weights(const uint16_t* p, bool there) {
+    uint4 v = {};
+    asm volatile(
+        "{ .reg .pred there; setp.ne.b32 there, %5, 0;"
+        "@there ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4]; }"
+        : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+        : "l"(p), "r"(int(there)));
+    return v;
+}
+
+// Numbers k to k + 8 of a row of 2-byte numbers, 0 past `dim`. kAligned: all of a row's 8 are there or none is, and
+// their address is a multiple of 16.
+template <bool kAligned, bool kWeights>
+__device__ inline uint4 load_eight(const uint16_t* row, int k, int dim) {
+    if constexpr (kAligned) {
+        if constexpr (kWeights) return load_weights(row + k, k < dim);
+        return k < dim ? *reinterpret_cast<const uint4*>(row + k) : uint4{};
+    } else {
+        const auto at = [&](int j) -> uint32_t { return k + j < dim ? row[k + j] : 0; };
+        return {at(0) | at(1) << 16, at(2) | at(3) << 16, at(4) | at(5) << 16, at(6) | at(7) << 16};
+    }
+}
+
+// The sums of kCols x 8 weight rows from `col` on with all rows of x, along slices `slice`, slice + split, ... of k.
+// kBoth: x has more than 8 rows. Rows that are not there are read as the last one that is: their sums go nowhere.
+template <typename T, int kCols, bool kBoth, bool kAligned>
+__device__ inline void multiply(const ThinLinear& p, int64_t col, int slice, int split, float (&sums)[kCols][4]) {
+    // In an mma's registers, lane 4 g + t holds numbers of x's rows g and g + 8 and of the weights' row g.
+    constexpr int kAhead = kAligned ? kLoads / kCols : 1;  // slices at once
+    const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4, last = p.rows - 1;
+    const int dim = int(p.dim), step = split * kSlice;
+    const uint16_t* low = static_cast<const uint16_t*>(p.x) + min(g, last) * p.x_stride;
+    const uint16_t* high = static_cast<const uint16_t*>(p.x) + min(g + 8, last) * p.x_stride;
+    const uint16_t* weight[kCols];
+    for (int c = 0; c < kCols; ++c) {
+        const int64_t row = min(col + c * kTileCols + g, p.out_dim - 1);
+        weight[c] = static_cast<const uint16_t*>(p.weight) + row * p.weight_stride;
+    }
+    // All lanes go on while one has numbers left, as an mma needs the whole warp.
+    for (int begin = slice * kSlice; begin < dim; begin += kAhead * step) {
+        const int k = begin + t * 8;
+        uint4 w[kAhead][kCols];
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+            for (int c = 0; c < kCols; ++c) w[i][c] = load_eight<kAligned, true>(weight[c], k + i * step, dim);
+        }
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+            const uint4 x = load_eight<kAligned, false>(low, k + i * step, dim);
+            const uint4 y = kBoth ? load_eight<kAligned, false>(high, k + i * step, dim) : uint4{};
+            for (int c = 0; c < kCols; ++c) {
+                mma<T>(sums[c], {x.x, y.x, x.y, y.y}, w[i][c].x, w[i][c].y);
+                mma<T>(sums[c], {x.z, y.z, x.w, y.w}, w[i][c].z, w[i][c].w);
+            }
+        }
+    }
+}
+
+template <typename T>
+__device__ inline void write_sum(const ThinLinear& p, int row, int64_t col, float sum) {
+    if (p.bias) sum += to_float(static_cast<const T*>(p.bias)[col]);
+    const int64_t at = row * p.out_dim + col;
+    if (p.float_out) {
+        static_cast<float*>(p.out)[at] = sum;
+    } else {
+        static_cast<T*>(p.out)[at] = from_float<T>(sum);
+    }
+}
+
+// Block b has weight rows b * kCols * 8 and on. kCols: times 8 weight rows, that a warp takes with one load of x. At
+// most 128 registers a thread, as the largest block needs; or the compiler saves registers, and has fewer loads under
+// way.
+template <typename T, int kCols, bool kBoth, bool kAligned>
+__global__ void __launch_bounds__(kMaxSplit* kWarp, 1) thin_linear_kernel(const __grid_constant__ ThinLinear p) {
+    constexpr int kTile = kCols * kTileCols;
+    extern __shared__ float partial[];  // [split, kThinRows, kTile]
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, split = blockDim.x / kWarp;
+    const int64_t first = int64_t(blockIdx.x) * kTile;
+    float sums[kCols][4] = {};
+    multiply<T, kCols, kBoth, kAligned>(p, first, warp, split, sums);
+    for (int c = 0; c < kCols; ++c) {
+        for (int i = 0; i < 4; ++i) {
+            const int row = lane / 4 + i / 2 * 8, col = c * kTileCols + lane % 4 * 2 + i % 2;
+            partial[(warp * kThinRows + row) * kTile + col] = sums[c][i];
+        }
+    }
+    __syncthreads();  // the sums of all warps are there
+    for (int i = threadIdx.x; i < p.rows * kTile; i += blockDim.x) {
+        const int64_t col = first + i % kTile;
+        if (col >= p.out_dim) continue;
+        float sum = partial[i];
+        for (int part = 1; part < split; ++part) sum += partial[part * kThinRows * kTile + i];
+        write_sum<T>(p, i / kTile, col, sum);
+    }
+}
+
+// Numbers k to k + 4 of a row of floats, 0 past `dim`. kAligned: as in load_eight.
+template <bool kAligned>
+__device__ inline Vec<float, 4> load_four(const float* row, int64_t k, int64_t dim) {
+    if constexpr (kAligned) {
+        return load<float, 4>(row + k);
+    } else {
+        Vec<float, 4> v;
+        for (int j = 0; j < 4; ++j) v.at[j] = k + j < dim ? row[k + j] : 0;
+        return v;
+    }
+}
+
+constexpr int kFloatsThreads = 256;
+constexpr int kFloatsWarps = kFloatsThreads / kWarp;
+
+// Floats: warp w of the grid has weight row w.
+template <bool kAligned>
+__global__ void __launch_bounds__(kFloatsThreads) thin_linear_floats_kernel(const __grid_constant__ ThinLinear p) {
+    const int64_t col = int64_t(blockIdx.x) * kFloatsWarps + threadIdx.x / kWarp;
+    const int lane = threadIdx.x % kWarp;
+    if (col >= p.out_dim) return;
+    const float *x = static_cast<const float*>(p.x),
+                *weight = static_cast<const float*>(p.weight) + col * p.weight_stride;
+    float sums[kThinRows] = {};
+    for (int64_t k = lane * 4; k < p.dim; k += kWarp * 4) {
+        const Vec<float, 4> w = load_four<kAligned>(weight, k, p.dim);
+#pragma unroll  // or `sums` would not stay in registers
+        for (int row = 0; row < kThinRows; ++row) {
+            if (row >= p.rows) break;
+            const Vec<float, 4> v = load_four<kAligned>(x + row * p.x_stride, k, p.dim);
+            for (int j = 0; j < 4; ++j) sums[row] = fmaf(v.at[j], w.at[j], sums[row]);
+        }
+    }
+#pragma unroll
+    for (int row = 0; row < kThinRows; ++row) {
+        if (row >= p.rows) break;
+        const float sum = warp_reduce(sums[row], Add());
+        if (lane == 0) write_sum<float>(p, row, col, sum);
+    }
+}
+
+template <typename T, int kCols, bool kBoth>
+cudaError_t launch_thin_linear(const ThinLinear& p, int split, cudaStream_t stream) {
+    const bool aligned =
+        p.dim % kFullVec<T> == 0 && fits_vectors<T>(p.x, p.x_stride) && fits_vectors<T>(p.weight, p.weight_stride);
+    const auto kernel =
+        aligned ? thin_linear_kernel<T, kCols, kBoth, true> : thin_linear_kernel<T, kCols, kBoth, false>;
+    const size_t shared = split * kThinRows * kCols * kTileCols * sizeof(float);
+    kernel<<<dim3(ceil_div(p.out_dim, kCols * kTileCols)), split * kWarp, shared, stream>>>(p);
+    return cudaGetLastError();
+}
+
+template <typename T>
+cudaError_t launch_thin_linear(const ThinLinear& p, const ThinPlan& plan, cudaStream_t stream) {
+    if (plan.cols == 1) {
+        return p.rows > 8 ? launch_thin_linear<T, 1, true>(p, plan.split, stream)
+                          : launch_thin_linear<T, 1, false>(p, plan.split, stream);
+    }
+    return p.rows > 8 ? launch_thin_linear<T, 2, true>(p, plan.split, stream)
+                      : launch_thin_linear<T, 2, false>(p, plan.split, stream);
+}
+
+// The best, or within 4 % of it, of splits 1 to 16 and 1, 2 or 4 columns for each matrix of Qwen2.5 0.5B, 1.5B and 7B
+// on an H200 (132 SMs). The fewer tiles there are for an SM, the more warps have to share one to keep the memory busy;
+// where there are many, small blocks even out what the SMs get.
+inline ThinPlan plan_thin_linear(const ThinLinear& p) {
+    const int64_t tiles = ceil_div(p.out_dim, 2 * kTileCols);
+    if (tiles > 4096) return {p.rows > 8 ? 2 : 1, p.dim < 2048 ? 2 : 4};
+    if (tiles > 264) return {2, 4};
+    if (tiles > 132 || p.dim < 1536) return {2, 8};
+    return {p.rows > 8 || tiles > 66 ? 2 : 1, kMaxSplit};
+}
+
+template <typename T>
+cudaError_t thin_linear(const ThinLinear& p, cudaStream_t stream) {
+    if (p.rows * p.out_dim == 0) return cudaSuccess;
+    if constexpr (sizeof(T) == 2) return launch_thin_linear<T>(p, plan_thin_linear(p), stream);
+    const bool aligned =
+        p.dim % 4 == 0 && fits_vectors<float>(p.x, p.x_stride) && fits_vectors<float>(p.weight, p.weight_stride);
+    const auto kernel = aligned ? thin_linear_floats_kernel<true> : thin_linear_floats_kernel<false>;
+    kernel<<<dim3(ceil_div(p.out_dim, kFloatsWarps)), kFloatsThreads, 0, stream>>>(p);
+    return cudaGetLastError();
+}
+
+}  // namespace nanoinfer::cuda
