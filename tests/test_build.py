@@ -115,7 +115,7 @@ def test_check_reports_and_passes() -> None:
     """`python -m nanoinfer check` names versions and kernels, and finds nothing wrong."""
     done = python("-m", "nanoinfer", "check")
     assert done.returncode == 0, done.stdout
-    for text in ("torch ", extension().cpu_isa(), "rms_norm", "compiled", "ok on cpu"):
+    for text in ("torch ", extension().cpu_isa(), "rms_norm", "ok: fp32 bf16 fp16"):
         assert text in done.stdout
 
 
@@ -124,9 +124,9 @@ def test_check_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     from nanoinfer import check, ops
 
     right = ops.silu_and_mul
-    monkeypatch.setattr(ops, "silu_and_mul", lambda x: right(x) * 1.01)
+    monkeypatch.setattr(ops, "silu_and_mul", lambda x: right(x) * 1.02)
     assert check.main() == 1
-    assert "silu_and_mul on cpu: the result:" in capsys.readouterr().out
+    assert "silu_and_mul on cpu in bf16: the result:" in capsys.readouterr().out
 
 
 def test_runs_without_the_extension(checkout: Path) -> None:
