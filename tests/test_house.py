@@ -1,6 +1,7 @@
 """The house rules that a machine can check: who imports whom, how long things get, what never appears."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ FLOORS = ["leaf", "reference", "ops", "layers", "models", "loader", "engine", "t
 LEAVES = {
     "batch", "config", "engine_config", "sampling_params", "inputs", "outputs", "errors", "options", "row_state",
     "utils.parallel", "utils.interrupts", "utils.memory", "utils.json_fields", "utils.tokenizer", "utils.hub",
-    "utils.checkpoint", "utils.detokenizer",
+    "utils.checkpoint",
 }  # fmt: skip
 MAX_FUNCTION_LINES = 60
 MAX_FILE_LINES = 400
@@ -54,6 +55,9 @@ def imported_modules(path: Path) -> set[str]:
     }
     found = set()
     for node in ast.walk(tree):
+        if isinstance(node, ast.Import) and id(node) not in skipped:
+            names = [alias.name for alias in node.names if alias.name.startswith("nanoinfer")]
+            found |= {name.removeprefix("nanoinfer").removeprefix(".") for name in names}
         if isinstance(node, ast.ImportFrom) and id(node) not in skipped and (node.module or "").startswith("nanoinfer"):
             base = node.module.removeprefix("nanoinfer").removeprefix(".")
             for alias in node.names:
@@ -85,13 +89,18 @@ def test_files_and_functions_stay_small(path: Path) -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=module_name)
 def test_device_branches_stand_in_two_files(path: Path) -> None:
     """Elsewhere the dispatcher chooses: a comparison with "cuda" or "cpu" marks a second path to keep in step."""
-    if module_name(path) in ("engine.model_runner", "engine.cuda_graph", "check") or "bench" in path.parts:
-        return
+    if module_name(path) not in ("engine.model_runner", "engine.cuda_graph", "check") and "bench" not in path.parts:
+        check_device_branches(path)
+
+
+def check_device_branches(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Compare) and isinstance(node.ops[0], (ast.Eq, ast.NotEq)):
-            text = ast.unparse(node)
-            branches = "device.type" in text or "is_cuda" in text
-            assert not branches, f"line {node.lineno}: {text}"
+        text = ast.unparse(node) if isinstance(node, (ast.Compare, ast.Attribute)) else ""
+        if isinstance(node, ast.Compare):
+            asks_device = re.search(r"""device\.type [=!]=|[=!]= ['"](cuda|cpu)['"]""", text)
+            # A user's own choice may be refused; it is not a second path.
+            assert not asks_device or "self.device" in text, f"line {node.lineno}: {text}"
+        assert not text.endswith((".is_cuda", ".is_cpu")), f"line {node.lineno}: {text}"
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
@@ -108,6 +117,9 @@ def test_nothing_runs_code_from_data(path: Path) -> None:
         assert not FORBIDDEN_IMPORTS.intersection(names), f"line {node.lineno} imports {names}"
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
+            if called.startswith("Auto") and called.endswith(".from_pretrained"):
+                refused = any(keyword.arg == "trust_remote_code" for keyword in node.keywords)
+                assert refused, f"line {node.lineno} does not refuse remote code"
             assert called not in FORBIDDEN_CALLS, f"line {node.lineno} calls {called}"
             for keyword in node.keywords:
                 trusting = keyword.arg == "trust_remote_code" and not _is_false(keyword.value)
@@ -127,4 +139,13 @@ def test_the_checks_see_what_they_forbid(tmp_path: Path) -> None:
     bad.write_text("torch.load(path)\n")
     with pytest.raises(AssertionError):
         test_nothing_runs_code_from_data(bad)
+    bad.write_text("AutoTokenizer.from_pretrained(path)\n")
+    with pytest.raises(AssertionError):
+        test_nothing_runs_code_from_data(bad)
+    for line in ("x.device.type == 'cuda'", "device == 'cuda'", "if x.is_cuda: pass"):
+        bad.write_text(line)
+        with pytest.raises(AssertionError):
+            check_device_branches(bad)
+    bad.write_text("import nanoinfer.engine.llm\nfrom nanoinfer.engine import scheduler\n")
+    assert imported_modules(bad) == {"engine.llm", "engine.scheduler"}
     assert floor("ops") < floor("layers.linear") < floor("models.qwen2") < floor("engine.llm") < floor("check")
