@@ -242,18 +242,20 @@ def _eos(owner: Fields, vocab_size: int) -> tuple[int, ...]:
 
 
 def _generation(fields: Fields) -> GenerationDefaults:
+    """Within the ranges of SamplingParams: what is refused here would otherwise be when the first request comes."""
+
     def number(name: str, low: float, high: float) -> float | None:
         return fields.number(name, low, high) if fields.has(name) else None
 
     def integer(name: str, low: int) -> int | None:
         return fields.integer(name, low, 2**31 - 1) if fields.has(name) else None
 
-    temperature = number("temperature", 0.0, 1e6)
+    temperature = number("temperature", 0.0, 2.0)
     return GenerationDefaults(
         temperature=temperature if fields.flag("do_sample", default=True) else 0.0,
-        top_k=integer("top_k", 0),
+        top_k=integer("top_k", -1),
         top_p=number("top_p", 1e-6, 1.0),
         min_p=number("min_p", 0.0, 1.0),
-        repetition_penalty=number("repetition_penalty", 1e-3, 1e3),
+        repetition_penalty=number("repetition_penalty", 1e-6, 1e4),
         max_new_tokens=integer("max_new_tokens", 1),
     )

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 
+from nanoinfer.config import DTYPES as CHECKPOINT_DTYPES
 from nanoinfer.errors import InvalidRequest
-from nanoinfer.options import NoOp, check_choice, check_flag, check_integer, check_number, checked_names
+from nanoinfer.options import NoOp, check_choice, check_flag, check_integer, check_number, check_text, checked_names
 
 # vLLM's options that change nothing here, with the values that mean so; any other value is refused by name.
 NO_OP: NoOp = {
@@ -33,14 +34,26 @@ NO_OP: NoOp = {
     "speculative_config": (None,),
     "generation_config": ("auto",),
     "max_seq_len_to_capture": (None,),
+    "convert": ("auto", "none"),
+    "model_impl": ("auto",),
+    "nnodes": (1,),
+    "node_rank": (0,),
+    "logits_processors": (None, []),
+    "served_model_name": (None,),
+    "download_dir": (None,),
+    "hf_token": (None, False),
+    "max_logprobs": (20,),
+    "enable_expert_parallel": (False,),
+    "enable_prompt_embeds": (False,),
+    "limit_mm_per_prompt": (None, {}),
+    "code_revision": (None,),
+    "config_format": ("auto",),
+    "quantization_param_path": (None,),
+    "disable_cascade_attn": (False, True),
+    "language_model_only": (False,),
 }
-DTYPES = {
-    "float32": torch.float32,
-    "float": torch.float32,
-    "float16": torch.float16,
-    "half": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
+DTYPES = {**CHECKPOINT_DTYPES, "float": torch.float32, "half": torch.float16}
+LOAD_FORMATS = ("auto", "safetensors", "dummy")
 
 
 @dataclass(frozen=True)
@@ -70,10 +83,14 @@ class EngineConfig:
     def from_options(cls, model: str | Path, **options: object) -> "EngineConfig":
         """Check names first: an option of vLLM's that means nothing here must have a value that asks for nothing."""
         known = {field.name for field in fields(cls)}
+        if isinstance(tokenizer := options.get("tokenizer"), Path):
+            options["tokenizer"] = str(tokenizer)
         return cls(str(model), **checked_names("the engine", options, known, NO_OP))  # type: ignore[arg-type]
 
     def __post_init__(self) -> None:
-        check_choice("load_format", self.load_format, ("auto", "safetensors", "dummy"))
+        for field in ("tokenizer", "revision"):
+            check_text(field, getattr(self, field))
+        check_choice("load_format", self.load_format, LOAD_FORMATS)
         check_choice("dtype", self.dtype, ("auto", *DTYPES, *DTYPES.values()))
         check_integer("seed", self.seed, -(2**63), 2**63 - 1)
         check_number("gpu_memory_utilization", self.gpu_memory_utilization, 0, 1, open_low=True)
@@ -86,7 +103,7 @@ class EngineConfig:
 
     def _check_sizes(self) -> None:
         check_integer("max_num_seqs", self.max_num_seqs, 1, 2**16)
-        if self.max_model_len != -1 and self.max_model_len is not None:
+        if self.fixed_max_model_len is not None:
             check_integer("max_model_len", self.max_model_len, 2, 2**31 - 1)
         limits = {
             "max_num_batched_tokens": 2**20,
@@ -97,6 +114,11 @@ class EngineConfig:
         for field, limit in limits.items():
             if getattr(self, field) is not None:
                 check_integer(field, getattr(self, field), 1, limit)
+        if self.num_gpu_blocks_override is not None and self.kv_cache_memory_bytes is not None:
+            raise InvalidRequest(
+                f"num_gpu_blocks_override = {self.num_gpu_blocks_override} and kv_cache_memory_bytes = "
+                f"{self.kv_cache_memory_bytes} both size the KV pool: pass one"
+            )
         if self.block_size is not None and self.block_size & (self.block_size - 1):
             raise InvalidRequest(f"block_size must be a power of two, got {self.block_size}")
 
@@ -104,6 +126,11 @@ class EngineConfig:
         check_choice("device", self.device, ("auto", "cpu", "cuda"))
         if self.device == "cuda" and not torch.cuda.is_available():
             raise InvalidRequest("device is 'cuda', but torch sees no CUDA device; 'cpu' and 'auto' work here")
+
+    @property
+    def fixed_max_model_len(self) -> int | None:
+        """max_model_len where it names a length."""
+        return None if self.max_model_len == -1 else self.max_model_len
 
     def resolve_device(self) -> torch.device:
         auto = "cuda" if torch.cuda.is_available() else "cpu"

@@ -13,7 +13,7 @@ class ModelLoadError(RuntimeError):
 
 
 class EngineDead(RuntimeError):
-    """The device is lost: this engine serves nothing any more; build a new one."""
+    """The engine is closed, its device lost or its books cut off half-way: it serves nothing more; build a new one."""
 
 
 def unknown_option(owner: str, name: str, known: Iterable[str]) -> TypeError:

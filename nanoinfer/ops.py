@@ -48,7 +48,9 @@ FAKES: dict[str, Callable[..., Tensor]] = {
     ),
 }
 
-# Up to this many rows `thin_linear` reads the weights faster than the library's matrix product does.
+# Most rows that `thin_linear` takes. On two AVX-512 cores a 4864 x 896 bf16 layer takes 234, 357 and 668 us for 1, 8
+# and 16 rows, torch's linear 535, 520 and 543. Sixteen all the same: what it computes for a row does not depend on how
+# many run beside it, which the library does not promise.
 THIN_ROWS = 16
 
 

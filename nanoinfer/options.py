@@ -72,6 +72,12 @@ def check_flag(field: str, value: object) -> None:
         raise InvalidRequest(f"{field} must be True or False, got {value!r} ({type(value).__name__})")
 
 
+def check_text(field: str, value: object) -> None:
+    """Require a string that says something, or None."""
+    if value is not None and (not isinstance(value, str) or not value):
+        raise InvalidRequest(f"{field} must be a string or None, got {value!r} ({type(value).__name__})")
+
+
 def check_choice(field: str, value: object, choices: tuple[object, ...]) -> None:
     """Require one of the choices."""
     if not any(value is choice or (type(value) is type(choice) and value == choice) for choice in choices):

@@ -217,7 +217,7 @@ class FakeEngine(LLMEngine):
         self.config = config
         runner = FakeRunner(self, num_rows, limits.max_model_len)
         model_config = SimpleNamespace(eos_token_ids=(EOS,))
-        traits = DeviceTraits(False, 0, 0.0, 0, 0, 1)
+        traits = DeviceTraits(False, 0, 0.0, "", 0, 0, 1)
         return Parts(model_config, None, Path(), runner, traits, self.cache, limits, self.budget)  # type: ignore[arg-type]
 
     def add(

@@ -185,6 +185,7 @@ def test_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     ("generation", "message"),
     [
         ({"temperature": -1}, "temperature is -1"),
+        ({"temperature": 3}, "temperature is 3, expected a number from 0 to 2"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"top_p": 0}, "top_p is 0"),
         ({"top_k": 2.5}, "top_k is 2.5"),

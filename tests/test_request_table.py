@@ -48,14 +48,6 @@ def test_a_new_occupant_or_occupancy_is_sent_whole() -> None:
     assert send(table, Chunk(other, 0, 6, True, True)) == [([1, 1, 1, 6], [[2, 0, 1]])]
 
 
-def test_a_lost_table_is_sent_anew() -> None:
-    """After a failed step nothing that was sent can be relied on."""
-    table, seq = make_table(), make_seq(2, [7, 5])
-    send(table, Chunk(seq, 0, 6, True, True))
-    table.forget()
-    assert send(table, Chunk(seq, 6, 7, True, True)) == [([1, 2, 1, 1], [[2, 0, 7], [2, 1, 5]])]
-
-
 @pytest.mark.parametrize(("blocks_per_row", "sizes"), [(1, [3]), (4, [7, 5]), (13, [16, 16, 7])])
 def test_edits_that_do_not_fit_go_ahead(blocks_per_row: int, sizes: list[int]) -> None:
     """Each once, in order, in messages without chunks; the last message brings the rest and the step."""

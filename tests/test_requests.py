@@ -12,6 +12,7 @@ import torch
 from helpers import save_checkpoint
 
 from nanoinfer import LLM, EngineDead, InvalidRequest, LLMEngine, SamplingParams
+from nanoinfer.engine.llm_engine import derived_seed
 
 GOLDEN = [5, 7, 11, 13]
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -139,7 +140,12 @@ def test_unknown_options_name_the_nearest(llm: LLM) -> None:
      ({"enforce_eager": 1}, "enforce_eager"), ({"enable_prefix_caching": "yes"}, "enable_prefix_caching"),
      ({"max_model_len": 257}, "max_model_len = 257 is longer than the model's 256 positions"),
      ({"num_gpu_blocks_override": 3}, "the KV pool holds 48 tokens: pass max_model_len=48"),
-     ({"kv_cache_memory_bytes": 2**50}, "too little memory"), ({"kv_cache_memory_bytes": 1}, "too little memory")],
+     ({"kv_cache_memory_bytes": 2**50}, "too little memory: kv_cache_memory_bytes = 1125899906842624 gives"),
+     ({"kv_cache_memory_bytes": 1}, "too little memory: kv_cache_memory_bytes = 1 gives a KV pool of 0 blocks"),
+     ({"num_gpu_blocks_override": 2**31 - 1}, "too little memory: num_gpu_blocks_override = 2147483647 gives"),
+     ({"num_gpu_blocks_override": 9, "kv_cache_memory_bytes": 9}, "both size the KV pool: pass one"),
+     ({"num_gpu_blocks_override": 1, "block_size": 1, "max_model_len": -1}, "holds 1 token, a request needs 2"),
+     ({"tokenizer": 7}, "tokenizer must be a string or None, got 7"), ({"revision": ""}, "revision must be a string")],
     ids=str,
 )  # fmt: skip
 def test_engine_options(tmp_path_factory: pytest.TempPathFactory, options: dict[str, object], message: str) -> None:
@@ -293,6 +299,14 @@ def test_seeds(llm: LLM) -> None:
     outs = llm.generate([GOLDEN] * 4, [free, seeded, free, free], use_tqdm=False)
     assert outs[1]["token_ids"] == alone
     assert len({tuple(out["token_ids"]) for out in outs}) == 4
+
+
+def test_seeds_of_engines_and_requests_do_not_meet() -> None:
+    """A request's own seed, and those made for others by engines with neighbouring seeds, are all different."""
+    made = {derived_seed(engine, index) for engine in range(-20, 20) for index in range(100)}
+    assert len(made) == 40 * 100
+    assert all(0 <= seed < 2**64 for seed in made)
+    assert not made & set(range(10000))
 
 
 def test_two_engines_do_not_disturb_each_other(llm: LLM, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -7,7 +7,7 @@ from fake_engine import VOCAB, FakeEngine
 
 from nanoinfer import SamplingParams
 from nanoinfer.engine.sequence import Status
-from nanoinfer.errors import InvalidRequest
+from nanoinfer.errors import EngineDead, InvalidRequest
 
 
 @pytest.fixture(autouse=True)
@@ -200,6 +200,36 @@ def test_logits_that_are_not_finite_fail_one_request() -> None:
     later = engine.add(prompt(9), max_tokens=1)
     engine.drain()
     assert later.num_cached_tokens == 0
+
+
+def test_a_poisoned_prefix_is_not_found_after_preemption() -> None:
+    """The token that tells of it may come when the request has lost its blocks, which are still in the cache."""
+    engine = FakeEngine(num_blocks=5, block_size=2, steps_ahead=1)
+    engine.add(prompt(3), max_tokens=5)
+    bad = engine.add(prompt(4, first=5), max_tokens=5, nan=2)
+    while not bad.num_preemptions:
+        engine.step()
+    assert bad.finish_reason == "error", "its last token was to be in flight"
+    later = engine.add(prompt(4, first=5), max_tokens=1)
+    engine.drain()
+    assert later.num_cached_tokens == 0
+
+
+def test_a_lost_device_ends_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the device runs nothing any more, serving on would fail request after request: it is said once."""
+
+    def lost() -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    engine = FakeEngine()
+    engine.add(prompt(3), max_tokens=5)
+    engine.runner.fault = "before"
+    monkeypatch.setattr(engine.runner, "check_device", lost)
+    for _ in range(2):
+        with pytest.raises(EngineDead, match=r"the device is lost: .*illegal memory access"):
+            engine.step()
+    with pytest.raises(EngineDead, match="the device is lost"):
+        engine.add_request([1, 2])
 
 
 def test_abort_in_every_state() -> None:

@@ -89,6 +89,11 @@ class BlockManager:
             self._forget(block)
         del seq.chain[first:]
 
+    def forget_prefix(self, seq: Sequence) -> None:
+        """Withdraw every published block that a prompt like seq's would find, others' included: one may be poisoned."""
+        for entry in self._lookup(seq):
+            self._forget(entry.block)
+
     def release(self, seq: Sequence) -> None:
         """Give back seq's blocks; the end of a prefix goes first, since it is of use to the fewest."""
         for block in reversed(seq.block_table):

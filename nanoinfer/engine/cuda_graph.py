@@ -12,6 +12,7 @@ Two streams: one computes; the other brings sampled tokens to the host while the
 import logging
 import time
 from collections.abc import Sequence as Seq
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -144,8 +145,12 @@ class CudaRunner(ModelRunner):
             slot.arrived.record()
         return StepHandle(chunks, tokens, slot.arrived.synchronize)
 
+    def check_device(self) -> None:
+        torch.cuda.synchronize(self.kv.device)  # after an illegal access every later call fails as well
+
     def close(self) -> None:
-        torch.cuda.synchronize()
+        with suppress(RuntimeError):  # a lost device has nothing to wait for
+            self.check_device()
         self.graphs.clear()
         super().close()
 

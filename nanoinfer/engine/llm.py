@@ -1,7 +1,7 @@
 """LLM: offline generation over any number of prompts."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from types import TracebackType
@@ -100,7 +100,7 @@ class LLM:
 
 def _as_list(prompts: PromptType | Sequence[PromptType]) -> list[PromptType]:
     """Several prompts as they are, a single one as a list of one; a flat list of ids is a single prompt."""
-    if isinstance(prompts, (str, dict)) or not hasattr(prompts, "__len__"):
+    if isinstance(prompts, (str, Mapping)) or not hasattr(prompts, "__len__"):
         return [cast(PromptType, prompts)]
     many = list(cast("Sequence[PromptType]", prompts))
     return [cast(PromptType, prompts)] if many and isinstance(many[0], Real) else many

@@ -1,6 +1,7 @@
 """LLMEngine: requests in, steps, outputs out. It knows nothing of HTTP, threads or asyncio."""
 
 from collections.abc import Iterable
+from hashlib import blake2b
 from itertools import count
 from pathlib import Path
 from typing import cast
@@ -19,6 +20,11 @@ from nanoinfer.sampling_params import SamplingParams
 from nanoinfer.utils.interrupts import deferred_interrupt
 
 CLOSED = "the engine is closed"
+
+
+def derived_seed(engine_seed: int, index: int) -> int:
+    """The seed of request number `index` that has none of its own: a hash, so that neighbours share no numbers."""
+    return int.from_bytes(blake2b(f"{engine_seed} {index}".encode(), digest_size=8).digest(), "little")
 
 
 class LLMEngine:
@@ -88,8 +94,7 @@ class LLMEngine:
         seq = Sequence(
             request_id, index, request.token_ids.copy(), len(request.token_ids), params, request.max_length,
             frozenset(eos).union(params.stop_token_ids or ()),
-            # Without a seed of its own, a request gets one from the engine's and its number.
-            int(params.seed) if params.seed is not None else (self.config.seed << 32) + index,
+            int(params.seed) if params.seed is not None else derived_seed(self.config.seed, index),
             request.prompt, request.cache_salt,
         )  # fmt: skip
         self.num_requests += 1
@@ -128,13 +133,17 @@ class LLMEngine:
     def step(self) -> list[RequestOutput]:
         """Launch the next step and commit the one before; the requests that finished.
 
-        Ctrl-C waits for the step's end. Where a step fails, the requests in it finish with reason "error".
+        Ctrl-C waits for the step's end. Where a step fails, the requests in it finish with reason "error". Raises
+        EngineDead where the device is lost, and from then on.
         """
         if self.dead:
             raise EngineDead(self.dead)
         with deferred_interrupt():
             try:
                 finished = self.loop.step()
+            except EngineDead as error:
+                self.dead = str(error)
+                raise
             except BaseException as error:
                 self.dead = f"a step was cut off half-way by {error!r}"
                 raise

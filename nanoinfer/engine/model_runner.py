@@ -36,6 +36,7 @@ class DeviceTraits:
     asynchronous: bool  # a launched step runs on while the host goes on
     free_bytes: int  # memory that weights and KV pool may take
     pool_share: float  # of what the weights leave, for a KV pool of no stated size
+    pool_source: str  # what such a pool comes from, for messages
     max_pool_bytes: int  # limit of such a pool
     max_num_batched_tokens: int  # default tokens of a step
     block_multiple: int  # what block_size must divide by
@@ -43,11 +44,13 @@ class DeviceTraits:
 
 def device_traits(device: torch.device, dtype: torch.dtype, gpu_memory_utilization: float) -> DeviceTraits:
     if device.type == "cpu":
-        return DeviceTraits(False, available_host_memory(), 0.25, 4 * GIB, 2048, 1)
+        source = "a quarter of what is left, without kv_cache_memory_bytes,"
+        return DeviceTraits(False, available_host_memory(), 0.25, source, 4 * GIB, 2048, 1)
     free, total = torch.cuda.mem_get_info(device)
     budget = min(free, int(total * gpu_memory_utilization))
     # Half-precision kernels read a block in tiles of 16 tokens.
-    return DeviceTraits(True, budget, 1.0, budget, 16384, 1 if dtype == torch.float32 else 16)
+    source = f"gpu_memory_utilization = {gpu_memory_utilization}"
+    return DeviceTraits(True, budget, 1.0, source, budget, 16384, 1 if dtype == torch.float32 else 16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +166,9 @@ class ModelRunner:
         ops.penalize(logits, rows, table.row_state, table.block_tables, table.slot_tokens, self.block_size)
         tokens = self.sampled[: batch.sample_rows.shape[0]][part]
         ops.sample(logits, rows, table.row_state, tokens, self.vocab_size)
+
+    def check_device(self) -> None:
+        """Raise where the device cannot run anything any more; a CPU always can."""
 
     def close(self) -> None:
         """Let go of the weights and the cache."""

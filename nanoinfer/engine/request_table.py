@@ -125,7 +125,3 @@ class RequestTable:
         self.host["tokens"][begin : begin + len(known)] = known
         self.host["tokens"][begin + len(known) : end] = -1
         return end
-
-    def forget(self) -> None:
-        """The device's copy is unknown, as after a failed step: send every row anew."""
-        self.owner = [None] * len(self.owner)

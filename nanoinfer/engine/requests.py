@@ -88,7 +88,11 @@ def _encode(text: str, tokenizer: Tokenizer | None, limits: Limits) -> list[int]
     if len(text) > limits.max_model_len * tokenizer.longest_token:  # refused before minutes of tokenizing
         most = limits.max_model_len * tokenizer.longest_token
         raise InvalidRequest(f"prompt of {len(text)} characters: {limits.max_model_len} tokens hold {most} at most")
-    return _checked_ids(tokenizer.encode(text), limits.vocab_size)
+    try:
+        ids = tokenizer.encode(text)
+    except (TypeError, UnicodeEncodeError) as error:  # lone surrogates
+        raise InvalidRequest(f"prompt is not valid Unicode text: {error}") from error
+    return _checked_ids(ids, limits.vocab_size)
 
 
 def _check_length(length: int, limits: Limits) -> None:

@@ -103,7 +103,7 @@ class Scheduler:
         """Take one sampled token; True when it is the last one."""
         seq.pending -= 1
         if token < 0:
-            self.blocks.unpublish(seq, 0)
+            self.blocks.forget_prefix(seq)
             self._finish(seq, "error", error="the model's logits for this request are not finite")
             return True
         seq.tokens.append(token)

@@ -47,7 +47,7 @@ def start(config: EngineConfig, num_rows: int) -> Parts:
     folder = resolve_model(config.tokenizer, weights=False) if config.tokenizer else path
     tokenizer = None if config.skip_tokenizer_init else load_tokenizer(folder)
     traits = device_traits(device, dtype, config.gpu_memory_utilization)
-    weights = _weight_bytes(model_config, dtype)
+    weights = _weight_bytes(model_config, dtype, config.fixed_max_model_len or model_config.max_length)
     cache = _plan_cache(config, model_config, dtype, traits, weights)
     limits = _plan_limits(config, model_config, cache)
     model = _load(config, model_config, path, device, dtype, limits.max_model_len)
@@ -87,9 +87,11 @@ def _load(
     return model
 
 
-def _weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+def _weight_bytes(config: ModelConfig, dtype: torch.dtype, max_length: int) -> int:
+    """Bytes of the parameters and of the table of cosines and sines, in float32, for max_length positions."""
     model = MODELS[config.architecture](config, device=torch.device("meta"), dtype=dtype, max_length=1)
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+    rope_bytes = max_length * config.head_dim * torch.float32.itemsize
+    return sum(p.numel() * p.element_size() for p in model.parameters()) + rope_bytes
 
 
 def _plan_cache(
@@ -99,18 +101,27 @@ def _plan_cache(
     block_size = config.block_size or DEFAULT_BLOCK_SIZE
     if block_size % traits.block_multiple:
         raise InvalidRequest(f"block_size must be a multiple of {traits.block_multiple} here, got {block_size}")
-    block_bytes = CacheShape(model.num_layers, 1, model.num_kv_heads, block_size, model.head_dim, dtype).block_bytes
+    one_block = CacheShape(model.num_layers, 1, model.num_kv_heads, block_size, model.head_dim, dtype)
+    num_blocks = _num_blocks(config, traits, taken, one_block.block_bytes)
+    return replace(one_block, num_blocks=min(num_blocks, (2**31 - 1) // block_size))  # slots are int32
+
+
+def _num_blocks(config: EngineConfig, traits: DeviceTraits, taken: int, block_bytes: int) -> int:
     free = traits.free_bytes - taken
-    pool = config.kv_cache_memory_bytes or min(traits.max_pool_bytes, int(free * traits.pool_share))
-    num_blocks = config.num_gpu_blocks_override or pool // block_bytes
-    if num_blocks <= 0 or num_blocks * block_bytes > free:
+    if (asked := config.num_gpu_blocks_override) is not None:
+        num_blocks, option = asked, f"num_gpu_blocks_override = {asked}"
+    elif (asked := config.kv_cache_memory_bytes) is not None:
+        num_blocks, option = asked // block_bytes, f"kv_cache_memory_bytes = {asked}"
+    else:
+        pool_bytes, option = min(traits.max_pool_bytes, int(free * traits.pool_share)), traits.pool_source
+        num_blocks = pool_bytes // block_bytes
+    if num_blocks < 1 or num_blocks * block_bytes > free:
         raise InvalidRequest(
-            f"too little memory: {traits.free_bytes / GIB:.2f} GiB are available, weights and steps take "
-            f"{taken / GIB:.2f} GiB, and the KV pool is to have {max(num_blocks, 1)} blocks of {block_bytes} bytes "
-            f"({max(num_blocks, 1) * block_bytes / GIB:.2f} GiB)"
+            f"too little memory: {option} gives a KV pool of {max(num_blocks, 0)} blocks of {block_bytes} bytes; it "
+            f"needs at least 1, and at most {max(free, 0) // block_bytes} fit: of {traits.free_bytes / GIB:.2f} GiB "
+            f"available, weights and steps take {taken / GIB:.2f}"
         )
-    num_blocks = min(num_blocks, (2**31 - 1) // block_size)  # slots are int32
-    return CacheShape(model.num_layers, num_blocks, model.num_kv_heads, block_size, model.head_dim, dtype)
+    return num_blocks
 
 
 def _log_pool(cache: CacheShape) -> None:
@@ -121,12 +132,12 @@ def _log_pool(cache: CacheShape) -> None:
 def _plan_limits(config: EngineConfig, model: ModelConfig, cache: CacheShape) -> Limits:
     """max_model_len: as asked, else the model's; refused where the pool could not hold one such request."""
     pool_tokens = cache.num_blocks * cache.block_size
-    asked = config.max_model_len
-    if asked == -1:
-        return Limits(model.vocab_size, min(model.max_length, pool_tokens), pool_tokens)
+    asked = config.fixed_max_model_len
     if asked is not None and asked > model.max_length:
         raise InvalidRequest(f"max_model_len = {asked} is longer than the model's {model.max_length} positions")
-    length = asked or model.max_length
+    length = min(model.max_length, pool_tokens) if config.max_model_len == -1 else asked or model.max_length
+    if length < 2:
+        raise InvalidRequest(f"the KV pool holds {pool_tokens} token, a request needs 2: one to read, one to write")
     if length > pool_tokens:
         raise InvalidRequest(
             f"max_model_len = {length}, but the KV pool holds {pool_tokens} tokens: pass max_model_len={pool_tokens} "

@@ -6,6 +6,7 @@ from collections import deque
 from nanoinfer.engine.model_runner import ModelRunner, StepHandle
 from nanoinfer.engine.scheduler import Scheduler
 from nanoinfer.engine.sequence import Chunk, Sequence
+from nanoinfer.errors import EngineDead
 
 logger = logging.getLogger("nanoinfer")
 
@@ -20,7 +21,10 @@ class StepLoop:
         self.launched: deque[StepHandle] = deque()
 
     def step(self) -> list[Sequence]:
-        """The sequences that finished; those of a step that failed are among them, with reason "error"."""
+        """The sequences that finished; those of a step that failed are among them, with reason "error".
+
+        Raises EngineDead where a step failed because the device is lost.
+        """
         before = len(self.launched)
         finished = self._launch()
         # A step stays in flight only while another one follows it.
@@ -52,6 +56,13 @@ class StepLoop:
         return self.scheduler.commit(handle.chunks, tokens)
 
     def _fail(self, chunks: list[Chunk], error: Exception) -> list[Sequence]:
+        """End the requests of a step that failed; EngineDead where the device will not run another one.
+
+        The device's table needs no repair: all rows that the step's message named are given up.
+        """
         logger.error("a step of %d requests failed: %r", len(chunks), error, exc_info=error)
-        self.runner.table.forget()
+        try:
+            self.runner.check_device()
+        except Exception as lost:
+            raise EngineDead(f"the device is lost: {lost!r}") from error
         return self.scheduler.fail(chunks, f"the step failed: {error!r}")

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from nanoinfer.config import ModelConfig, check_architecture
+from nanoinfer.engine_config import LOAD_FORMATS
 from nanoinfer.errors import ModelLoadError
 from nanoinfer.layers.layer import Layer, Source
 from nanoinfer.models import MODELS, CausalLM
 from nanoinfer.utils.checkpoint import Stored, find_tensors, opened, refuse
 from nanoinfer.utils.parallel import ALONE, TP
 
-LOAD_FORMATS = ("auto", "safetensors", "dummy")
 NOISE_SIZE = 2**20 + 7  # a prime: no row length divides it, so rows of repeated noise differ
 
 
@@ -30,9 +30,9 @@ def load_model(
     seed and names alone: the same on every device and for any number of ranks. Raises ModelLoadError listing every
     tensor that is missing, left over, doubled, of another shape or type, or not finite.
     """
-    check_architecture(config.architecture, MODELS)
     if load_format not in LOAD_FORMATS:
         raise ModelLoadError(f"load_format is {load_format!r}, expected one of {', '.join(LOAD_FORMATS)}")
+    check_architecture(config.architecture, MODELS)
     build = partial(MODELS[config.architecture], config, dtype=dtype, tp=tp)
     if load_format == "dummy":
         model = build(device=device, max_length=max_length)

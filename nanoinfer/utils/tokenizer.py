@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from nanoinfer.errors import InvalidRequest, ModelLoadError
+from nanoinfer.errors import ModelLoadError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as JsonTokenizer
@@ -23,6 +23,13 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str: ...
 
 
+def measure(vocabulary: dict[str, int], path: Path) -> tuple[int, int]:
+    """The first id beyond all tokens', and the characters of the longest token."""
+    if not vocabulary:
+        raise ModelLoadError(f"{path} holds a tokenizer without tokens")
+    return max(vocabulary.values()) + 1, max(map(len, vocabulary))
+
+
 class FastTokenizer:
     """A tokenizer.json, read by the tokenizers library: importing transformers can take 9 s on a cold machine."""
 
@@ -33,15 +40,10 @@ class FastTokenizer:
             self.tokenizer: JsonTokenizer = JsonTokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception for any malformed file
             raise ModelLoadError(f"{path} is not a tokenizer file: {error}") from error
-        vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
-        self.size = max(vocabulary.values()) + 1
-        self.longest_token = max(map(len, vocabulary))
+        self.size, self.longest_token = measure(self.tokenizer.get_vocab(with_added_tokens=True), path)
 
     def encode(self, text: str) -> list[int]:
-        try:
-            return list(self.tokenizer.encode(text).ids)
-        except (TypeError, UnicodeEncodeError) as error:
-            raise InvalidRequest(f"prompt is not valid Unicode text: {error}") from error
+        return list(self.tokenizer.encode(text).ids)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
@@ -52,9 +54,7 @@ class SlowTokenizer:
 
     def __init__(self, folder: Path) -> None:
         self.tokenizer = load_hf_tokenizer(folder)
-        vocabulary = self.tokenizer.get_vocab()
-        self.size = max(vocabulary.values()) + 1
-        self.longest_token = max(map(len, vocabulary))
+        self.size, self.longest_token = measure(self.tokenizer.get_vocab(), folder)
 
     def encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text))
