@@ -154,7 +154,8 @@ def check_nothing_published(engine: "FakeEngine", request_id: str) -> None:
     seq = engine.all[int(request_id)]
     preemptions, table = engine.last_tables[request_id]
     if preemptions == seq.num_preemptions:  # else its blocks had been given up before the token arrived
-        assert all(engine.blocks.entry_of[block] is None for block in table)
+        found = {entry.block for entry in engine.blocks._lookup(seq)}
+        assert not found & set(table)
 
 
 def check_drained(engine: "FakeEngine") -> None:
