@@ -138,12 +138,12 @@ def _store(**tensors: Tensor) -> Arguments:
 
 
 def _paged_attention() -> Arguments:
-    """One sequence of six positions, two of them queries; four query heads on two of K and V."""
+    """One sequence of 18 positions in blocks of 16, two of them queries; four query heads on two of K and V."""
     return {
         "q": torch.randn(2, 4, 32),
-        "kv": torch.randn(3, 2, 2, 4, 32),
+        "kv": torch.randn(3, 2, 2, 16, 32),
         "q_starts": int32(0, 2),
-        "kv_lens": int32(6),
+        "kv_lens": int32(18),
         "rows": int32(0),
         "block_tables": int32([2, 0], [0, 0]),
         "scale": 0.2,

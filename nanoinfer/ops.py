@@ -52,6 +52,7 @@ FAKES: dict[str, Callable[..., Tensor]] = {
 # and 16 rows, torch's linear 535, 520 and 543. Sixteen all the same: what it computes for a row does not depend on how
 # many run beside it, which the library does not promise.
 THIN_ROWS = 16
+FLOAT_PRODUCT_DEVICES = ("cuda",)  # where the library's product of halves can leave its float32 sums unrounded
 
 
 def _load_extension() -> str | None:
@@ -177,6 +178,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, float_out: boo
     thin = x.shape[0] <= THIN_ROWS and x.dtype in (torch.bfloat16, torch.float16)
     if thin and ("thin_linear", x.device.type.upper()) in COMPILED:
         return thin_linear(x, weight, bias, float_out)
+    if float_out and bias is None and x.dtype != torch.float32 and x.device.type in FLOAT_PRODUCT_DEVICES:
+        return torch.mm(x, weight.t(), out_dtype=torch.float32)
     out = F.linear(x, weight, bias)
     return out.float() if float_out else out
 

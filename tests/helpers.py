@@ -43,16 +43,18 @@ class Cache:
     """A poisoned KV cache and a table of `rows` requests of up to `length` tokens, their blocks in random order."""
 
     def __init__(
-        self, config: ModelConfig, rows: int, length: int, block_size: int = 4, dtype: torch.dtype = torch.float32
-    ):
+        self, config: ModelConfig, rows: int, length: int, block_size: int = 4, dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+    ):  # fmt: skip
         per_row = -(-length // block_size)
         blocks = rows * per_row
         self.block_size = block_size
         shape = (config.num_layers, blocks, 2, config.num_kv_heads, block_size, config.head_dim)
-        self.kv = torch.full(shape, torch.nan, dtype=dtype)
-        self.row_state = torch.zeros(rows + 1, ROW_STATE_WIDTH, dtype=torch.int32)
-        self.block_tables = torch.zeros(rows + 1, per_row, dtype=torch.int32)
-        self.slot_tokens = torch.zeros(blocks * block_size, dtype=torch.int32)
+        self.device = device
+        self.kv = torch.full(shape, torch.nan, dtype=dtype, device=device)
+        self.row_state = torch.zeros(rows + 1, ROW_STATE_WIDTH, dtype=torch.int32, device=device)
+        self.block_tables = torch.zeros(rows + 1, per_row, dtype=torch.int32, device=device)
+        self.slot_tokens = torch.zeros(blocks * block_size, dtype=torch.int32, device=device)
         order = torch.randperm(blocks, generator=torch.Generator().manual_seed(1)).tolist()
         self.edits = [(row, i, order.pop()) for row in range(rows) for i in range(per_row)]
 
@@ -61,13 +63,13 @@ class Cache:
         tokens = [token for _, _, ids in chunks for token in ids]
         message = [(row, start, start + len(ids), FLAG_STORE) for row, start, ids in chunks]
         edits, self.edits = self.edits, []
-        header = _int32([0, len(edits), len(chunks), len(tokens)])
+        header = self._int32([0, len(edits), len(chunks), len(tokens)])
         num_tokens, num_chunks = len(tokens) + 2, len(chunks) + 1
         sizes = (num_tokens, num_tokens, num_tokens, num_chunks + 1, num_chunks, num_chunks, 1, 1)
-        fields = [torch.empty(size, dtype=torch.int32) for size in sizes]
+        fields = [torch.empty(size, dtype=torch.int32, device=self.device) for size in sizes]
         ops.prepare_batch(
-            header, torch.zeros(1, 1 + ROW_STATE_WIDTH, dtype=torch.int32), _int32(edits or [(0, 0, 0)]),
-            _int32(message), _int32(tokens), self.row_state, self.block_tables, self.slot_tokens, *fields,
+            header, self._int32([[0] * (1 + ROW_STATE_WIDTH)]), self._int32(edits or [(0, 0, 0)]),
+            self._int32(message), self._int32(tokens), self.row_state, self.block_tables, self.slot_tokens, *fields,
             self.block_size,
         )  # fmt: skip
         return Batch(*fields, self.block_tables)
@@ -78,6 +80,5 @@ class Cache:
         sizes = [len(ids) for _, _, ids in chunks]
         return list(model.logits(hidden[: sum(sizes)]).split(sizes))
 
-
-def _int32(values: Any) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
+    def _int32(self, values: Any) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=self.device)

@@ -30,8 +30,11 @@ SCHEDULES: dict[str, dict[str, object]] = {
     "small pool, block size 1": {**SMALL_POOL, "num_gpu_blocks_override": 145, "block_size": 1},
     "no prefix cache": {"enable_prefix_caching": False, "max_num_batched_tokens": 64},
     "a step ahead": {"async_scheduling": True},
+    "in lockstep": {"async_scheduling": False},
+    "without graphs": {"enforce_eager": True},
     "a step ahead, small pool, budget 7": {**SMALL_POOL, "async_scheduling": True, "max_num_batched_tokens": 7},
 }
+GPU_ALONE = [SCHEDULES["in lockstep"], SCHEDULES["without graphs"]]
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,10 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     yield Checkpoint(folder, hf)
 
 
-def make_llm(folder: Path, **options: object) -> LLM:
-    return LLM(folder, dtype="float32", device="cpu", skip_tokenizer_init=True, **options)
+def make_llm(folder: Path, device: str, schedule: dict[str, object], **options: object) -> LLM:
+    if device == "cpu" and schedule in GPU_ALONE:
+        pytest.skip("the default on a CPU")
+    return LLM(folder, dtype="float32", device=device, **schedule, **options)
 
 
 def make_prompts(lengths: list[int], vocab_size: int = 503) -> list[list[int]]:
@@ -108,11 +113,11 @@ def generate(engine: LLMEngine, prompts: list[Any], params: SamplingParams) -> l
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_tokens_are_those_of_hugging_face(checkpoint: Checkpoint, schedule: str) -> None:
+def test_tokens_are_those_of_hugging_face(checkpoint: Checkpoint, device: str, schedule: str) -> None:
     """Batching, chunking, preemption, block sizes, cold and cached: none changes a greedy token in fp32."""
     prompts, small = make_prompts(LENGTHS), "small pool" in schedule
     params = replace(GREEDY, max_tokens=40) if small else GREEDY  # long enough to outgrow the pool
-    with make_llm(checkpoint.folder, **SCHEDULES[schedule]) as llm:
+    with make_llm(checkpoint.folder, device, SCHEDULES[schedule], skip_tokenizer_init=True) as llm:
         runs = [generate(llm.llm_engine, prompts, params) for _ in range(2)]
         check_nothing_kept(llm)
     for run in runs:
@@ -127,23 +132,23 @@ def test_tokens_are_those_of_hugging_face(checkpoint: Checkpoint, schedule: str)
 
 
 @pytest.mark.parametrize("options", [{}, {"max_num_batched_tokens": 512}, {"block_size": 256}], ids=str)
-def test_long_prompts(checkpoint: Checkpoint, options: dict[str, object]) -> None:
+def test_long_prompts(checkpoint: Checkpoint, device: str, options: dict[str, object]) -> None:
     """Prompts of up to 3,000 tokens, whole and in chunks, beside short ones."""
     prompts = make_prompts([3000, 1, 1027, 2048])
-    with make_llm(checkpoint.folder, **options) as llm:
+    with make_llm(checkpoint.folder, device, options, skip_tokenizer_init=True) as llm:
         for prompt, out in zip(prompts, llm.generate(prompts, GREEDY, use_tqdm=False), strict=True):
             check_greedy(checkpoint.hf, prompt, out.outputs[0].token_ids)
         check_nothing_kept(llm)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_demo_model_matches_without_exception(schedule: str) -> None:
+def test_demo_model_matches_without_exception(device: str, schedule: str) -> None:
     """A trained model's logits are not flat: no tie is an excuse."""
     if not DEMO.exists():
         pytest.fail("the demo model is part of the project")
     hf = Qwen2ForCausalLM.from_pretrained(DEMO, dtype=torch.float32).eval()
     texts = ["def fibonacci(n):", "import os\n\n\ndef read_file(path):", "class Stack:\n", "x", "# The answer is"]
-    with LLM(DEMO, dtype="float32", device="cpu", **SCHEDULES[schedule]) as llm:
+    with make_llm(DEMO, device, SCHEDULES[schedule]) as llm:
         params = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True)
         for _ in range(2):  # cold, then cached
             run = generate(llm.llm_engine, texts, params)

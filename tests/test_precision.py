@@ -25,21 +25,21 @@ def prompts() -> list[list[int]]:
 
 
 @torch.inference_mode()
-def hf_logits(dtype: torch.dtype) -> list[Tensor]:
-    model = Qwen2ForCausalLM.from_pretrained(DEMO, dtype=dtype).eval()
-    return [model(torch.tensor([ids])).logits[0].float() for ids in prompts()]
+def hf_logits(dtype: torch.dtype, device: str) -> list[Tensor]:
+    model = Qwen2ForCausalLM.from_pretrained(DEMO, dtype=dtype).eval().to(device)
+    return [model(torch.tensor([ids], device=device)).logits[0].float().cpu() for ids in prompts()]
 
 
 @torch.inference_mode()
-def our_logits(dtype: torch.dtype, chunk: int) -> list[Tensor]:
+def our_logits(dtype: torch.dtype, device: str, chunk: int) -> list[Tensor]:
     """Logits of every position, teacher-forced in chunks: one token a step is the decode path, 512 the prefill."""
     config = ModelConfig.from_dir(DEMO)
-    model = load_model(DEMO, config, device=torch.device("cpu"), dtype=dtype, max_length=LENGTH)
+    model = load_model(DEMO, config, device=torch.device(device), dtype=dtype, max_length=LENGTH)
     out = []
     for ids in prompts():
-        cache = Cache(config, rows=1, length=LENGTH, block_size=16, dtype=dtype)
+        cache = Cache(config, rows=1, length=LENGTH, block_size=16, dtype=dtype, device=device)
         steps = [cache.logits(model, [(0, at, ids[at : at + chunk])])[0] for at in range(0, len(ids), chunk)]
-        out.append(torch.cat(steps))
+        out.append(torch.cat(steps).cpu())
     return out
 
 
@@ -53,15 +53,17 @@ def mean_kl(true: list[Tensor], other: list[Tensor]) -> float:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("chunk", [1, 100, 512])
-def test_kl_to_fp32_is_no_worse_than_hugging_faces(dtype: torch.dtype, chunk: int) -> None:
+def test_kl_to_fp32_is_no_worse_than_hugging_faces(device: str, dtype: torch.dtype, chunk: int) -> None:
     """Every position of Python text, through decode (chunks of 1), chunked prefill and whole prefill."""
-    true = hf_logits(torch.float32)
-    theirs, ours = mean_kl(true, hf_logits(dtype)), mean_kl(true, our_logits(dtype, chunk))
-    print(f"{dtype}, chunks of {chunk}: KL {ours:.3e}, Hugging Face's {theirs:.3e}, ratio {ours / theirs:.3f}")
+    true = hf_logits(torch.float32, "cpu")
+    theirs, ours = mean_kl(true, hf_logits(dtype, device)), mean_kl(true, our_logits(dtype, device, chunk))
+    print(
+        f"{device}, {dtype}, chunks of {chunk}: KL {ours:.3e}, Hugging Face's {theirs:.3e}, ratio {ours / theirs:.3f}"
+    )
     assert ours <= 1.1 * theirs
 
 
-def test_fp32_logits_agree() -> None:
+def test_fp32_logits_agree(device: str) -> None:
     """The same positions in fp32: within 1e-4 of Hugging Face's."""
-    for p, q in zip(hf_logits(torch.float32), our_logits(torch.float32, 100), strict=True):
+    for p, q in zip(hf_logits(torch.float32, "cpu"), our_logits(torch.float32, device, 100), strict=True):
         assert (p - q).abs().max() <= 1e-4

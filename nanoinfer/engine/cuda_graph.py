@@ -3,16 +3,16 @@
 A step of decodes alone has one token a chunk, so its number of chunks says all of its shape. Rounded up to a bucket, it
 is captured as two CUDA graphs: `forward` (apply the message, run the model, logits) and `sample` (choose, advance the
 table), with room for the host's own work on the logits between them. Lengths, rows and slots are read from the device's
-memory, so a graph serves every later step of its bucket. A step with a prefill chunk in it runs eagerly: it is long
-enough to hide its launches.
+memory, so a graph serves every later step of its bucket. Without graphs the same kernels run on the same shapes, hence
+the same tokens. A step with a prefill chunk in it is never captured: it is long enough to hide its launches.
 
 Two streams: one computes; the other brings sampled tokens to the host while the next step already runs.
 """
 
 import logging
 import time
-from collections.abc import Sequence as Seq
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -52,17 +52,20 @@ class StepGraphs:
 
 
 class CudaRunner(ModelRunner):
-    """buckets: numbers of requests whose decode step is captured, ascending; none: everything runs eagerly."""
+    """capture: replay decode steps from graphs, each captured when its bucket is first used."""
+
+    logit_rows = 1024  # at once: 594 MiB for 151,936 ids
 
     def __init__(
-        self, model: Model, cache: CacheShape, *, buckets: Seq[int], vocab_size: int, num_rows: int, max_chunks: int,
+        self, model: Model, cache: CacheShape, *, capture: bool, vocab_size: int, num_rows: int, max_chunks: int,
         max_tokens: int, blocks_per_row: int, device: torch.device,
     ) -> None:  # fmt: skip
         super().__init__(
             model, cache, vocab_size=vocab_size, num_rows=num_rows, max_chunks=max_chunks, max_tokens=max_tokens,
             blocks_per_row=blocks_per_row, device=device,
         )  # fmt: skip
-        self.buckets = buckets
+        self.capture = capture
+        self.buckets = bucket_ladder(min(max_chunks, self.logit_rows))
         self.graphs: dict[int, StepGraphs] = {}
         self.pool = torch.cuda.graph_pool_handle()
         self.stream, self.copy_stream = torch.cuda.Stream(device), torch.cuda.Stream(device)
@@ -97,27 +100,23 @@ class CudaRunner(ModelRunner):
 
     def _run(self, shape: StepShape) -> None:
         bucket = self._bucket(shape)
+        batch = self.batch(StepShape(bucket, bucket, bucket) if bucket else shape)
         if graphs := self.graphs.get(bucket):
             graphs.forward.replay()
             self.stream.wait_stream(self.copy_stream)  # `sampled` still holds the last step's tokens
             graphs.sample.replay()
-        elif bucket:
-            batch = self.batch(StepShape(bucket, bucket, bucket))
-            self._eager(batch)  # loads every kernel, which capturing must not
-            self.graphs[bucket] = self._capture(batch)
-        else:
-            self._eager(self.batch(shape))
-
-    def _bucket(self, shape: StepShape) -> int:
-        """The captured size that a step of decodes alone is rounded up to; 0: the step runs eagerly."""
-        if shape.num_tokens != shape.num_samples:
-            return 0
-        return next((size for size in self.buckets if size >= shape.num_tokens), 0)
-
-    def _eager(self, batch: Batch) -> None:
+            return
         hidden = self._forward(batch)
         self.stream.wait_stream(self.copy_stream)
         self.sample(batch, hidden)
+        if bucket and self.capture:  # now that every kernel is loaded, which capturing must not do
+            self.graphs[bucket] = self._capture(batch)
+
+    def _bucket(self, shape: StepShape) -> int:
+        """The number of requests that a step of decodes alone is rounded up to; 0: it has another shape."""
+        if shape.num_tokens != shape.num_samples:
+            return 0
+        return next((size for size in self.buckets if size >= shape.num_tokens), 0)
 
     def _forward(self, batch: Batch) -> Tensor:
         self.apply(self.sections, batch)
@@ -125,17 +124,24 @@ class CudaRunner(ModelRunner):
 
     def _capture(self, batch: Batch) -> StepGraphs:
         began = time.perf_counter()
-        graphs, everything = StepGraphs(torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()), slice(None)
-        graphs.forward.capture_begin(pool=self.pool, capture_error_mode="thread_local")
-        logits = self.model.logits(self._forward(batch).index_select(0, batch.logit_rows))
-        graphs.forward.capture_end()
-        graphs.sample.capture_begin(pool=self.pool, capture_error_mode="thread_local")
-        self.choose(logits, batch, everything)
-        graphs.sample.capture_end()
+        with self._captured() as forward:
+            logits = self.model.logits(self._forward(batch).index_select(0, batch.logit_rows))
+        with self._captured() as sample:
+            self.choose(logits, batch, slice(None))
         # The memory of `logits` now serves the next capture as well: graphs of one pool never run at the same time.
         took = (time.perf_counter() - began) * 1e3
         logger.info("captured decode steps of %d requests in %.1f ms", batch.rows.shape[0], took)
-        return graphs
+        return StepGraphs(forward, sample)
+
+    @contextmanager
+    def _captured(self) -> Iterator[torch.cuda.CUDAGraph]:
+        """A graph of what is launched inside. Capturing ends with the block, also where that fails."""
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+        try:
+            yield graph
+        finally:
+            graph.capture_end()
 
     def _read_back(self, chunks: list[Chunk], slot: RingSlot, num_samples: int) -> StepHandle:
         self.copy_stream.wait_stream(self.stream)
@@ -153,6 +159,7 @@ class CudaRunner(ModelRunner):
             self.check_device()
         self.graphs.clear()
         super().close()
+        torch.cuda.empty_cache()  # for whoever asks the driver what is free, as the next engine does
 
 
 def make_runner(
@@ -166,8 +173,8 @@ def make_runner(
     missing = [name for name in ops.SCHEMAS if (name, "CUDA") not in ops.COMPILED]
     if missing:  # plain torch reads lengths back to the host, which a graph cannot
         logger.warning("no CUDA graphs: these ops run on plain torch: %s", ", ".join(missing))
-    buckets = [] if enforce_eager or missing else bucket_ladder(max_chunks)
-    return CudaRunner(model, cache, buckets=buckets, blocks_per_row=blocks_per_row, device=device, **sizes)
+    capture = not enforce_eager and not missing
+    return CudaRunner(model, cache, capture=capture, blocks_per_row=blocks_per_row, device=device, **sizes)
 
 
 def measure_step_bytes(runner: ModelRunner, max_tokens: int, max_model_len: int) -> int:

@@ -24,9 +24,6 @@ class Model(Protocol):
 
 
 GIB = 2**30
-# Rows of logits in memory at once. Up to so many, `linear` gives unrounded float32 logits in half precision as well;
-# more rows would go through the library's product, which rounds them, and ties would then depend on the batch.
-LOGIT_ROWS = ops.THIN_ROWS
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +63,9 @@ class CacheShape:
 
     @property
     def block_bytes(self) -> int:
-        return self.num_layers * 2 * self.num_kv_heads * self.block_size * self.head_dim * self.dtype.itemsize
+        """K and V of every layer, and the ids of the block's tokens."""
+        kv_bytes = self.num_layers * 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        return self.block_size * (kv_bytes + torch.int32.itemsize)
 
     def allocate(self, device: torch.device) -> Tensor:
         shape = (self.num_layers, self.num_blocks, 2, self.num_kv_heads, self.block_size, self.head_dim)
@@ -105,6 +104,10 @@ class StepHandle:
 
 class ModelRunner:
     """Runs a step when it is launched, as a CPU does; CudaRunner launches it ahead."""
+
+    # Rows of logits at once. Up to so many, a CPU gives unrounded float32 logits in half precision as well; more rows
+    # would go through the library's product, which rounds them, and ties would then depend on the batch.
+    logit_rows = ops.THIN_ROWS
 
     def __init__(
         self, model: Model, cache: CacheShape, *, vocab_size: int, num_rows: int, max_chunks: int, max_tokens: int,
@@ -155,8 +158,8 @@ class ModelRunner:
 
     def sample(self, batch: Batch, hidden: Tensor) -> None:
         """Logits of the rows that want a successor, a slice at a time, and their next tokens into `sampled`."""
-        for begin in range(0, batch.logit_rows.shape[0], LOGIT_ROWS):
-            part = slice(begin, begin + LOGIT_ROWS)
+        for begin in range(0, batch.logit_rows.shape[0], self.logit_rows):
+            part = slice(begin, begin + self.logit_rows)
             logits = self.model.logits(hidden.index_select(0, batch.logit_rows[part]))
             self.choose(logits, batch, part)
 

@@ -102,11 +102,14 @@ def _plan_cache(
     if block_size % traits.block_multiple:
         raise InvalidRequest(f"block_size must be a multiple of {traits.block_multiple} here, got {block_size}")
     one_block = CacheShape(model.num_layers, 1, model.num_kv_heads, block_size, model.head_dim, dtype)
-    num_blocks = _num_blocks(config, traits, taken, one_block.block_bytes)
+    # Beyond twice what all running requests can fill at their longest, a pool only takes time to set up.
+    longest = config.fixed_max_model_len or model.max_length
+    useful_blocks = 2 * config.max_num_seqs * -(-longest // block_size)
+    num_blocks = _num_blocks(config, traits, taken, one_block.block_bytes, useful_blocks)
     return replace(one_block, num_blocks=min(num_blocks, (2**31 - 1) // block_size))  # slots are int32
 
 
-def _num_blocks(config: EngineConfig, traits: DeviceTraits, taken: int, block_bytes: int) -> int:
+def _num_blocks(config: EngineConfig, traits: DeviceTraits, taken: int, block_bytes: int, useful_blocks: int) -> int:
     free = traits.free_bytes - taken
     if (asked := config.num_gpu_blocks_override) is not None:
         num_blocks, option = asked, f"num_gpu_blocks_override = {asked}"
@@ -114,7 +117,7 @@ def _num_blocks(config: EngineConfig, traits: DeviceTraits, taken: int, block_by
         num_blocks, option = asked // block_bytes, f"kv_cache_memory_bytes = {asked}"
     else:
         pool_bytes, option = min(traits.max_pool_bytes, int(free * traits.pool_share)), traits.pool_source
-        num_blocks = pool_bytes // block_bytes
+        num_blocks = min(pool_bytes // block_bytes, useful_blocks)
     if num_blocks < 1 or num_blocks * block_bytes > free:
         raise InvalidRequest(
             f"too little memory: {option} gives a KV pool of {max(num_blocks, 0)} blocks of {block_bytes} bytes; it "

@@ -1,0 +1,119 @@
+"""The engine on a GPU: tokens depend neither on graphs nor on launching ahead nor on the run; decoding never waits."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanoinfer import LLM, SamplingParams
+from nanoinfer.engine.cuda_graph import CudaRunner, bucket_ladder
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+DEMO = Path(__file__).parent.parent / "nanoinfer" / "assets" / "demo"
+MODES: dict[str, dict[str, object]] = {
+    "graphs, a step ahead": {},
+    "eager, a step ahead": {"enforce_eager": True},
+    "graphs, in lockstep": {"async_scheduling": False},
+    "eager, in lockstep": {"enforce_eager": True, "async_scheduling": False},
+}
+
+
+def make_llm(**options: object) -> LLM:
+    return LLM(DEMO, dtype="bfloat16", kv_cache_memory_bytes=2**26, max_num_batched_tokens=512, **options)
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    with make_llm() as llm:
+        yield llm
+
+
+def workload(llm: LLM) -> list[list[int]]:
+    """Tokens of requests that differ in everything: prompt, length, greedy or sampled, filters, penalty."""
+    prompts = [[(7 * i + j) % 1000 + 5 for j in range(3 + 11 * (i % 9))] for i in range(24)]
+    params = [
+        SamplingParams(
+            temperature=(0, 0.7, 1.0)[i % 3], top_k=(0, 20)[i % 2], top_p=(1.0, 0.9)[i // 2 % 2], seed=i,
+            repetition_penalty=(1.0, 1.2)[i % 5 == 0], max_tokens=4 + 5 * (i % 6), ignore_eos=True,
+        )
+        for i in range(24)
+    ]  # fmt: skip
+    llm.llm_engine.reset_prefix_cache()  # a cached prefix is a shorter chunk, which may be computed in another order
+    return [out["token_ids"] for out in llm.generate(prompts, params, use_tqdm=False)]
+
+
+def test_tokens_do_not_depend_on_graphs_or_launching_ahead() -> None:
+    """In bf16, where every change of a kernel or a shape shows."""
+    tokens = {}
+    for name, options in MODES.items():
+        with make_llm(**options) as llm:
+            tokens[name] = workload(llm)
+    for name in MODES:
+        assert tokens[name] == tokens["eager, in lockstep"], name
+
+
+def test_repeats_are_equal(llm: LLM) -> None:
+    """200 times the same mixed workload: a race, or memory that is read before it is written, would show."""
+    first = workload(llm)
+    for _ in range(200):
+        assert workload(llm) == first
+
+
+def test_decoding_neither_waits_nor_allocates(llm: LLM) -> None:
+    """Between launches the host reads one event; a step of graphs takes no memory."""
+    engine = llm.llm_engine
+    for _ in range(2):  # the first round captures
+        for i in range(5):
+            engine.add_request([7 + i, 9, 11], SamplingParams(max_tokens=40, ignore_eos=True))
+        for _ in range(8):
+            engine.step()
+        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(20):
+                engine.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        allocated = torch.cuda.memory_stats()["allocation.all.allocated"] - before
+        while engine.has_unfinished_requests():
+            engine.step()
+    assert allocated == 0
+
+
+def test_graphs_serve_every_size(llm: LLM) -> None:
+    """Up to max_num_seqs requests a step is captured, each bucket once."""
+    runner = llm.llm_engine.runner
+    assert isinstance(runner, CudaRunner)
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    for count in (1, 2, 3, 9, 17, 256):
+        outs = llm.generate([[5, 6, 7]] * count, params, use_tqdm=False)
+        assert len({tuple(out["token_ids"]) for out in outs}) == 1
+    assert {1, 2, 4, 16, 24, 256} <= runner.graphs.keys() <= set(bucket_ladder(256))
+
+
+def test_a_step_that_runs_out_of_memory_fails_alone(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its requests end with the reason; the engine, its device sound, serves the next one."""
+    model = llm.llm_engine.runner.model
+    forward = type(model).forward
+
+    def greedy(*args: object) -> torch.Tensor:
+        torch.empty(2**50, dtype=torch.uint8, device="cuda")
+        return forward(*args)
+
+    monkeypatch.setattr(type(model), "forward", greedy)
+    (out,) = llm.generate([[5] * 9], SamplingParams(max_tokens=3), use_tqdm=False)
+    assert out.outputs[0].finish_reason == "error" and "out of memory" in str(out.error)
+    monkeypatch.undo()
+    (out,) = llm.generate([[5] * 9], SamplingParams(max_tokens=3, ignore_eos=True), use_tqdm=False)
+    assert out.outputs[0].finish_reason == "length"
+
+
+def test_engines_come_and_go() -> None:
+    """A closed engine gives its memory back: the next one, with the default share of it, has room."""
+    for _ in range(3):
+        with LLM(DEMO, dtype="bfloat16", gpu_memory_utilization=0.8) as llm:
+            assert llm.generate(["def f("], use_tqdm=False)[0].outputs[0].token_ids
