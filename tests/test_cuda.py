@@ -1,6 +1,7 @@
 """What only CUDA can get wrong: graphs, padding, values out of range, large sizes, the order of threads."""
 
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -218,6 +219,38 @@ def test_a_row_of_thin_linear_depends_on_itself_alone(dtype: torch.dtype) -> Non
         alone = torch.cat([ops.thin_linear(row[None], weight, None, True) for row in x])
         for rows in (2, 7, 8, 9, 16):
             assert torch.equal(ops.thin_linear(x[:rows], weight, None, True), alone[:rows]), (out_dim, dim, rows)
+
+
+def test_kernels_that_overlap_wait_for_what_they_read() -> None:
+    """A kernel is on the GPU before the one ahead of it has ended: a chain of all kinds, as with a halt after each."""
+    dim, rows = 896, 4
+    x, scale, narrow = (random(*s, dtype=torch.bfloat16) for s in ((rows, dim), (dim,), (dim, 2 * dim)))
+    up, positions, angles = random(4 * dim, dim, dtype=torch.bfloat16), int32(3, 1, 0, 2).cuda(), random(4, 64)
+
+    def chain(after: Callable[[], None]) -> Tensor:
+        h, residual = x, torch.zeros_like(x)
+        for i in range(30):
+            h = ops.add_rms_norm(h, residual, scale, 1e-6)
+            after()
+            h = ops.thin_linear(h, up)
+            after()
+            ops.rotary(h.view(rows, -1, 64), positions, angles)
+            after()
+            h = ops.silu_and_mul(h * 1 if i % 3 == 0 else h)  # and a kernel that is not ours
+            after()
+            fresh = ops.rms_norm(narrow, scale.repeat(2), 1e-6)  # weights that the kernel just before writes
+            h = ops.thin_linear(h, fresh)
+            after()
+        return torch.cat((h, residual))
+
+    expected = chain(torch.cuda.synchronize)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = chain(lambda: None)
+    for _ in range(50):
+        out.zero_()
+        graph.replay()
+        assert torch.equal(bits(out), bits(expected))
 
 
 BEYOND = 2**31 + 2**20  # elements, more than 32 bits count

@@ -2,6 +2,7 @@
 // SwiGLU: silu(gate) * up. Bound by memory: a thread has one vector of gates and one of ups under way, and an SM 2048
 // threads, which is twice what its share of the memory needs to stay busy.
 
+#include "launch.cuh"
 #include "vec.cuh"
 
 namespace nanoinfer::cuda {
@@ -17,6 +18,8 @@ constexpr int kSiluThreads = 256;
 // kVec: numbers a thread takes at a time. Rows are blockIdx.y, and every gridDim.y-th after that.
 template <typename T, int kVec>
 __global__ void __launch_bounds__(kSiluThreads) silu_and_mul_kernel(const __grid_constant__ SiluAndMul p) {
+    let_next_kernel_start();
+    wait_for_earlier_kernels();
     const int64_t i = (int64_t(blockIdx.x) * kSiluThreads + threadIdx.x) * kVec;
     if (i >= p.dim) return;
     for (int64_t row = blockIdx.y; row < p.rows; row += gridDim.y) {
@@ -34,8 +37,7 @@ __global__ void __launch_bounds__(kSiluThreads) silu_and_mul_kernel(const __grid
 template <typename T, int kVec>
 cudaError_t launch_silu_and_mul(const SiluAndMul& p, cudaStream_t stream) {
     const dim3 grid(ceil_div(p.dim, kSiluThreads * kVec), p.rows < kMaxGridRows ? p.rows : kMaxGridRows);
-    silu_and_mul_kernel<T, kVec><<<grid, kSiluThreads, 0, stream>>>(p);
-    return cudaGetLastError();
+    return launch_kernel(silu_and_mul_kernel<T, kVec>, grid, kSiluThreads, 0, stream, p);
 }
 
 template <typename T>

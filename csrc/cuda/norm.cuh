@@ -1,6 +1,7 @@
 #pragma once
 // Root mean square normalisation, with or without adding to the residual stream first. One block a row.
 
+#include "launch.cuh"
 #include "vec.cuh"
 
 namespace nanoinfer::cuda {
@@ -52,6 +53,8 @@ __device__ inline void store_scaled(T* out, const Vec<T, kVec>& v, float scale, 
 template <typename T, int kVec, bool kAdd>
 __global__ void __launch_bounds__(kNormThreads, kNormBlocks) rms_norm_kernel(const __grid_constant__ RmsNorm p) {
     __shared__ float scratch[kNormThreads / kWarp];
+    let_next_kernel_start();
+    wait_for_earlier_kernels();
     constexpr int kStep = kNormThreads * kVec;
     const int64_t row = blockIdx.x;
     const int first = threadIdx.x * kVec;
@@ -87,8 +90,7 @@ cudaError_t launch_rms_norm(const RmsNorm& p, cudaStream_t stream) {
     const int64_t warps = ceil_div(p.dim, kVec * kWarp), most = kNormThreads / kWarp;
     const int threads = int(warps < most ? warps : most) * kWarp;
     const auto kernel = p.residual ? rms_norm_kernel<T, kVec, true> : rms_norm_kernel<T, kVec, false>;
-    kernel<<<dim3(p.rows), threads, 0, stream>>>(p);
-    return cudaGetLastError();
+    return launch_kernel(kernel, dim3(p.rows), threads, 0, stream, p);
 }
 
 template <typename T>

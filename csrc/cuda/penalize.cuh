@@ -2,6 +2,7 @@
 // Repetition penalty: ids that a row already holds lose, each once. One block a row.
 
 #include "../row_state.h"
+#include "launch.cuh"
 #include "vec.cuh"
 
 namespace nanoinfer::cuda {
@@ -31,6 +32,8 @@ __device__ inline int id_at(const Penalize& p, const int32_t* blocks, int positi
 // Row of logits: blockIdx.x. Dynamic shared memory: a bit for each id of a window, set once the id has lost.
 __global__ void __launch_bounds__(kPenalizeThreads) penalize_kernel(const __grid_constant__ Penalize p) {
     extern __shared__ uint32_t done[];
+    let_next_kernel_start();
+    wait_for_earlier_kernels();
     const int64_t row = p.sample_rows[blockIdx.x];
     if (row < 0 || row >= p.num_rows - 1) return;
     const int32_t* state = p.row_state + row * kRowStateWidth;
@@ -58,8 +61,8 @@ __global__ void __launch_bounds__(kPenalizeThreads) penalize_kernel(const __grid
 inline cudaError_t penalize(const Penalize& p, cudaStream_t stream) {
     if (p.rows * p.vocab == 0) return cudaSuccess;
     const int64_t ids = p.vocab < kWindow ? p.vocab : kWindow;
-    penalize_kernel<<<dim3(p.rows), kPenalizeThreads, ceil_div(ids, kWordBits) * sizeof(uint32_t), stream>>>(p);
-    return cudaGetLastError();
+    const size_t shared = ceil_div(ids, kWordBits) * sizeof(uint32_t);
+    return launch_kernel(penalize_kernel, dim3(p.rows), kPenalizeThreads, shared, stream, p);
 }
 
 }  // namespace nanoinfer::cuda

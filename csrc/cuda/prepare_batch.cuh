@@ -6,6 +6,7 @@
 // the arrays is touched; the host, which builds the message, never sends such a thing.
 
 #include "../row_state.h"
+#include "launch.cuh"
 #include "vec.cuh"
 
 namespace nanoinfer::cuda {
@@ -153,6 +154,8 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_batch_kernel(const __
     __shared__ Counts scratch[kPrepareThreads / kWarp];
     __shared__ Chunk chunks[kPrepareThreads];  // of this round
     __shared__ int begins[kPrepareThreads];
+    let_next_kernel_start();
+    wait_for_earlier_kernels();
     const int num_new = clamp_count(p.header[0], p.max_new), num_edits = clamp_count(p.header[1], p.max_edits);
     const int num_chunks = clamp_count(p.header[2], min(p.max_chunks, p.chunk_room));
     const int num_tokens = clamp_count(p.header[3], min(p.max_tokens, p.token_room));
@@ -181,8 +184,7 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_batch_kernel(const __
 }
 
 inline cudaError_t prepare_batch(const PrepareBatch& p, cudaStream_t stream) {
-    prepare_batch_kernel<<<1, kPrepareThreads, 0, stream>>>(p);
-    return cudaGetLastError();
+    return launch_kernel(prepare_batch_kernel, dim3(1), kPrepareThreads, 0, stream, p);
 }
 
 }  // namespace nanoinfer::cuda

@@ -2,6 +2,7 @@
 // Rotary positions and the store to the paged KV cache: together or each alone. One block a token; its threads share
 // the work of all heads, kVec pairs or 2 kVec numbers at a time, so the angles are read from memory once.
 
+#include "launch.cuh"
 #include "vec.cuh"
 
 namespace nanoinfer::cuda {
@@ -57,6 +58,8 @@ __device__ inline void rotate(const T* in, T* out, const float* cos_sin, int hal
 // Token: blockIdx.x. kVec: numbers in a vector; kInterleaved: which numbers make a pair.
 template <typename T, int kVec, bool kInterleaved>
 __global__ void __launch_bounds__(kRotaryMaxThreads) rotary_store_kv_kernel(const __grid_constant__ RotaryStoreKv p) {
+    let_next_kernel_start();
+    wait_for_earlier_kernels();
     const int64_t token = blockIdx.x;
     const int position = p.cos_sin ? p.positions[token] : 0, slot = p.k ? p.slots[token] : -1;
     if (p.cos_sin && (position < 0 || position >= p.num_positions)) return;
@@ -102,8 +105,7 @@ cudaError_t launch_rotary_store_kv(const RotaryStoreKv& p, cudaStream_t stream) 
     if (work == 0) return cudaSuccess;
     const int threads = int(warps < most ? warps : most) * kWarp;
     const auto kernel = p.interleaved ? rotary_store_kv_kernel<T, kVec, true> : rotary_store_kv_kernel<T, kVec, false>;
-    kernel<<<dim3(p.tokens), threads, 0, stream>>>(p);
-    return cudaGetLastError();
+    return launch_kernel(kernel, dim3(p.tokens), threads, 0, stream, p);
 }
 
 template <typename T>

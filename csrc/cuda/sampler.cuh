@@ -2,6 +2,7 @@
 // The next token of each row: the largest logit, or a draw from what min_p, top_k and top_p leave. The second pass, and
 // the launch of both; sampler_row.cuh tells how they work together.
 
+#include "launch.cuh"
 #include "sampler_filter.cuh"
 #include "sampler_row.cuh"
 #include "sampler_scan.cuh"
@@ -99,6 +100,8 @@ __device__ inline int draw(const Row& row, const SliceSum* sums, Pick& shared, u
 template <int kVec>
 __global__ void __launch_bounds__(kPickThreads, 2) sample_pick_kernel(const __grid_constant__ Sample p) {
     __shared__ Pick shared;
+    let_next_kernel_start();
+    wait_for_earlier_kernels();
     const int64_t i = blockIdx.x;
     const int table = table_row(p, i);
     if (table < 0) {
@@ -128,9 +131,9 @@ __global__ void __launch_bounds__(kPickThreads, 2) sample_pick_kernel(const __gr
 
 template <int kVec>
 cudaError_t launch_sample(const Sample& p, cudaStream_t stream) {
-    sample_scan_kernel<kVec><<<dim3(uint32_t(p.rows * slices_of(p.vocab))), kScanThreads, 0, stream>>>(p);
-    sample_pick_kernel<kVec><<<dim3(p.rows), kPickThreads, 0, stream>>>(p);
-    return cudaGetLastError();
+    const dim3 scan_grid(uint32_t(p.rows * slices_of(p.vocab)));
+    const cudaError_t error = launch_kernel(sample_scan_kernel<kVec>, scan_grid, kScanThreads, 0, stream, p);
+    return error ? error : launch_kernel(sample_pick_kernel<kVec>, dim3(p.rows), kPickThreads, 0, stream, p);
 }
 
 // Takes up to kMaxSlices * kSliceSize = 524,288 ids.

@@ -1,6 +1,7 @@
 #pragma once
 // The sampler's first pass: every logit once, a block for each slice of a row.
 
+#include "launch.cuh"
 #include "sampler_row.cuh"
 
 namespace nanoinfer::cuda {
@@ -37,6 +38,8 @@ __global__ void __launch_bounds__(kScanThreads, 4) sample_scan_kernel(const __gr
     __shared__ float largest_scratch[kScanWarps];
     __shared__ Mass mass_scratch[kScanWarps];
     __shared__ int best_scratch[kScanWarps];
+    let_next_kernel_start();
+    wait_for_earlier_kernels();
     const int slices = slices_of(p.vocab), i = blockIdx.x / slices, slice = blockIdx.x % slices;
     const int row = table_row(p, i);
     if (row < 0) return;
