@@ -25,8 +25,8 @@ __device__ inline uint64_t random_bits(uint32_t seed_lo, uint32_t seed_hi, uint3
 }
 
 // Finds the slice in which the sum through the slices' masses passes u times their total, where u = bits / 2^53, and
-// returns how far into the slice that is. `mass`: of slice threadIdx.x.
-__device__ inline Mass find_slice(Pick& shared, uint64_t bits, Mass mass) {
+// returns at what part of the slice's mass that is. `mass`: of slice threadIdx.x.
+__device__ inline double find_slice(Pick& shared, uint64_t bits, Mass mass) {
     Mass through[1] = {mass};
     sum_through(through, shared.through_scratch);
     if (threadIdx.x == kPickThreads - 1) shared.goal = __umul64hi(bits << 11, through[0]);  // below the total
@@ -37,13 +37,13 @@ __device__ inline Mass find_slice(Pick& shared, uint64_t bits, Mass mass) {
         shared.mass = mass;
     }
     __syncthreads();  // one thread has found it
-    return shared.goal - shared.before;
+    return double(shared.goal - shared.before) / double(shared.mass);
 }
 
-// The id in `slice` in whose weight, counted from the slice's beginning, `goal` lies. `largest`: what weights are
-// relative to; logits below `threshold` and weights below min_p are dropped.
+// The id in `slice` in whose weight that part `place` of the slice's mass lies, counted from the slice's beginning.
+// `largest`: what weights are relative to; logits below `threshold` and weights below min_p are dropped.
 template <int kVec>
-__device__ inline int find_id(const Row& row, Pick& shared, int slice, float largest, float threshold, Mass goal) {
+__device__ inline int find_id(const Row& row, Pick& shared, int slice, float largest, float threshold, double place) {
     constexpr int kOwn = kSliceSize / kPickThreads, kTiles = kOwn / kLane;
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     // Read as it lies, tile by tile; then a thread goes on with neighbours.
@@ -68,6 +68,9 @@ __device__ inline int find_id(const Row& row, Pick& shared, int slice, float lar
     for (int n = 0; n < kOwn; ++n) own += mass_of((n + threadIdx.x) % kOwn);
     Mass through[1] = {own};
     sum_through(through, shared.through_scratch);
+    if (threadIdx.x == kPickThreads - 1) shared.goal = min(Mass(place * double(through[0])), through[0] - 1);
+    __syncthreads();  // the goal is known
+    const Mass goal = shared.goal;
     if (through[0] - own <= goal && goal < through[0]) {
         Mass left = goal - (through[0] - own);
         int n = 0;
@@ -80,20 +83,17 @@ __device__ inline int find_id(const Row& row, Pick& shared, int slice, float lar
 
 // A draw. `own`: what the scan found in slice threadIdx.x.
 template <int kVec>
-__device__ inline int draw(const Row& row, const SliceSum* sums, Pick& shared, uint64_t bits, const SliceSum& own) {
+__device__ inline int draw(const Row& row, Pick& shared, uint64_t bits, const SliceSum& own) {
     // The slice's mass relative to the row's largest logit instead of its own.
     const Mass mass = own.mass == 0 ? 0 : Mass(double(own.mass) * weigh(row.r, own.largest, row.largest));
     if (row.r.filtered) {
         const Mass all = block_reduce(mass, Add(), Mass(0), shared.mass_scratch);
-        const float threshold = apply_filters<kVec>(row, all, shared);
-        const Mass goal = find_slice(shared, bits, mass_at(shared, threadIdx.x));
-        return find_id<kVec>(row, shared, shared.found, row.largest, threshold, goal);
+        const float threshold = apply_filters<kVec>(row, all, own, shared);
+        const double place = find_slice(shared, bits, mass_at(shared, threadIdx.x));
+        return find_id<kVec>(row, shared, shared.found, row.largest, threshold, place);
     }
-    const Mass goal = find_slice(shared, bits, mass);
-    const SliceSum sum = sums[shared.found];
-    // The same place in the slice's own unit.
-    const Mass within = Mass(double(goal) / double(shared.mass) * double(sum.mass));
-    return find_id<kVec>(row, shared, shared.found, sum.largest, -INFINITY, min(within, sum.mass - 1));
+    const double place = find_slice(shared, bits, mass);
+    return find_id<kVec>(row, shared, shared.found, row.work.sums[shared.found].largest, -INFINITY, place);
 }
 
 // Row of logits: blockIdx.x. kVec: logits in a load.
@@ -120,8 +120,8 @@ __global__ void __launch_bounds__(kPickThreads, 2) sample_pick_kernel(const __gr
         const int best = own.largest == largest ? own.best : INT32_MAX;
         token = block_reduce(best, Smallest(), INT32_MAX, shared.count_scratch);
     } else if (finite(largest)) {
-        const Row row = {r, p.logits + i * p.logits_stride, work.maxima, p.vocab, largest, Row::bin_of(r, largest)};
-        token = draw<kVec>(row, work.sums, shared, bits, own);
+        const Row row = {r, p.logits + i * p.logits_stride, work, p.vocab, largest, Row::bin_of(r, largest)};
+        token = draw<kVec>(row, shared, bits, own);
     }
     if (threadIdx.x > 0) return;
     p.tokens[i] = token;

@@ -2,12 +2,13 @@
 // What the sampler's passes share: arguments, workspace, a row's parameters, its weights and bins.
 //
 // The vocabulary is never sorted and its probabilities are never stored. Two kernels:
-//   scan   reads all logits once, a block for each slice of a row: the largest logit, the mass relative to it, and,
-//   where
-//          the row has filters, the largest logit of every tile
-//   pick   one block a row: reads the few tiles again whose logits the filters may keep, finds their threshold, then
-//   the
-//          slice in which the random number falls, and in it the id
+// - scan reads all logits once, a block for each slice of a row. Of the slice it writes the largest logit and the mass
+//   relative to it; where the row has filters, the largest logit of every tile; and where these will not tell where the
+//   filters' threshold lies, the mass of every bin, a bin being 1/16 to 1/8 of an octave of weights.
+// - pick, one block a row, lists the logits that may be the threshold, and finds it among them; then the slice in which
+//   the random number falls; and in that the id.
+//
+// top_k 50 keeps no logit that less than 50 tiles reach: such rows need no bins. Of top_p and min_p no tile knows.
 //
 // Masses are integers: a weight, e^((logit - largest) / temperature) as a float, in units of 2^-42. Their sums depend
 // on no order, so atomics may add them up, and a token is the same every time.
@@ -39,6 +40,15 @@ constexpr int kMaxSlices = 64;  // 2^19 weights of up to 2^42 units stay far fro
 
 using Mass = unsigned long long;
 
+// Room for logits that may be the threshold. A smaller vocabulary fits as a whole, and needs no bins.
+constexpr int kListRoom = kSliceSize;
+// The first 511 bins reach down to 2^-32 of the largest weight or further, the last has all that is smaller.
+constexpr int kBins = 512;
+constexpr int kRest = kBins - 1;
+// Mass of a bin: of each logit the part of the bin's upper edge's weight that it has, in units of 2^-18. A slice's 2^13
+// logits fit in 32 bits, for which shared memory has an addition of its own.
+constexpr float kBinUnits = 0x1p18f;
+
 // What a scan finds in a slice.
 struct SliceSum {
     float largest;  // NaN if any logit is
@@ -49,19 +59,22 @@ struct SliceSum {
 struct Workspace {
     SliceSum* sums;  // [rows, slices]
     float* maxima;   // [rows, slices, kSliceTiles] largest logit of each tile; of rows with filters only
+    uint32_t* bins;  // [rows, slices, kBins] from the bin of the slice's largest logit downwards; of binned rows only
 };
 
 __host__ __device__ inline int slices_of(int64_t vocab) { return int((vocab + kSliceSize - 1) / kSliceSize); }
 
 inline int64_t sample_workspace(int64_t rows, int64_t vocab) {
-    return rows * slices_of(vocab) * int64_t(sizeof(SliceSum) + kSliceTiles * sizeof(float));
+    return rows * slices_of(vocab) * int64_t(sizeof(SliceSum) + kSliceTiles * sizeof(float) + kBins * sizeof(uint32_t));
 }
 
 // The parts that belong to slice `slice` of row i, and those after them.
 __device__ inline Workspace workspace_at(const Sample& p, int64_t i, int slice) {
-    const int64_t slices = slices_of(p.vocab), at = i * slices + slice;
+    const int64_t slices = slices_of(p.vocab), at = i * slices + slice, all = p.rows * slices;
     SliceSum* sums = static_cast<SliceSum*>(p.workspace);
-    return {sums + at, reinterpret_cast<float*>(sums + p.rows * slices) + at * kSliceTiles};
+    float* maxima = reinterpret_cast<float*>(sums + all);
+    uint32_t* bins = reinterpret_cast<uint32_t*>(maxima + all * kSliceTiles);
+    return {sums + at, maxima + at * kSliceTiles, bins + at * kBins};
 }
 
 // Row of the table that row i of the logits belongs to, or -1 for padding and what is out of range.
@@ -72,7 +85,7 @@ __device__ inline int table_row(const Sample& p, int64_t i) {
 
 // A row's sampling parameters, made ready.
 struct RowParams {
-    bool greedy, filtered;
+    bool greedy, filtered, binned;
     int top_k;  // 0: off
     float top_p, min_p;
     // log2(e) / temperature as the sum of two floats, both positive: one alone would be wrong by 1e-7 of the exponent.
@@ -90,6 +103,9 @@ __device__ inline RowParams row_params(const Sample& p, int row) {
     r.top_p = __int_as_float(state[kTopP]);
     r.min_p = __int_as_float(state[kMinP]);
     r.filtered = !r.greedy && (r.top_k > 0 || r.top_p < 1 || r.min_p > 0);
+    const bool many =
+        r.top_k == 0 || r.top_k > p.vocab / kTile / 2;  // with fewer, tiles tell: few of them reach as far
+    r.binned = r.filtered && many && p.vocab > kListRoom;
     // A little less than the quotient, so that what is missing is positive.
     r.rate = kLog2E / temperature * (1 - 0x1p-22f);
     r.rate_low = (fmaf(-r.rate, temperature, kLog2E) + kLog2ELow) / temperature;
@@ -97,12 +113,16 @@ __device__ inline RowParams row_params(const Sample& p, int row) {
     return r;
 }
 
+__device__ inline float exp2_of(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // e^((logit - largest) / temperature); 0 for -infinity, which both rates, being positive, leave as it is.
 __device__ inline float weigh(const RowParams& r, float logit, float largest) {
     const float below = logit - largest;
-    float weight;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(weight) : "f"(fmaf(below, r.rate, below * r.rate_low)));
-    return weight;
+    return exp2_of(fmaf(below, r.rate, below * r.rate_low));
 }
 
 // Sums of weights in units of 2^-21, and of what these leave in units of 2^-42. A float close to 2^23 has an integer in
