@@ -1,6 +1,8 @@
 """The loader: every tensor of a checkpoint ends where it belongs, and whatever is wrong with one is named."""
 
 import json
+import math
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +21,7 @@ from nanoinfer.models import CausalLM
 from nanoinfer.utils.hub import resolve_model
 from nanoinfer.utils.loader import load_model, sources
 from nanoinfer.utils.parallel import TP
+from nanoinfer.utils.staging import pieces, staged_copy
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 EMBED = "model.embed_tokens.weight"
@@ -75,6 +78,54 @@ def test_every_tensor(folder: Path, sharding: bool, size: int) -> None:
         shard_dim = parts[0].shard_dim
         whole = parts[0].target if shard_dim is None else torch.cat([part.target for part in parts], dim=shard_dim)
         assert torch.equal(whole, stored[parts[0].name]), parts[0].name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("slot_bytes", [100, 2**12, 2**24])
+@pytest.mark.parametrize("size", [1, 2])
+def test_staged(folder: Path, stored: torch.dtype, slot_bytes: int, size: int) -> None:
+    """Through pinned slots, smaller than a row or larger than a tensor, come the weights that a plain copy brings."""
+    edit(folder, lambda tensors: tensors.update({k: t.to(stored) for k, t in tensors.items()}))
+    shard(folder)
+    copy = staged_copy(torch.device("cuda"), slot_bytes)
+    for rank in range(size):
+        options = {"dtype": torch.bfloat16, "tp": TP(rank, size)}
+        staged = sources(load(folder, device="cuda", copy=copy, **options))
+        plain = sources(load(folder, **options))
+        assert all(torch.equal(a.target.cpu(), b.target) for a, b in zip(staged, plain, strict=True))
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of what is mapped")
+def test_one_file_is_mapped_at_a_time(sharded: Path) -> None:
+    """The host's memory holds one shard, not the checkpoint, while copying; and none afterwards."""
+
+    def mapped() -> set[str]:
+        return set(re.findall(rf"{sharded}/.*", Path("/proc/self/maps").read_text()))
+
+    seen: list[set[str]] = []
+
+    def copy(target: Tensor, source: Tensor) -> None:
+        seen.append(mapped())
+        target.copy_(source)
+
+    load(sharded, copy=copy)
+    assert set.union(*seen) == {str(file) for file in sharded.glob("*.safetensors")}
+    assert max(map(len, seen)) == 1
+    assert not mapped()
+
+
+@pytest.mark.parametrize("shape", [(1,), (7,), (300,), (5, 33), (3, 129), (2, 3, 50)])
+@pytest.mark.parametrize("max_bytes", [4, 100, 128, 10_000])
+def test_pieces(shape: tuple[int, ...], max_bytes: int) -> None:
+    """Pieces fit their slot and are the whole tensor, each element once; the source may be wider or strided."""
+    source = torch.arange(2 * math.prod(shape), dtype=torch.float64).view(*shape, 2)[..., 1]
+    target = torch.zeros(shape)
+    for there, here in pieces(target, source, max_bytes):
+        assert there.nbytes <= max_bytes
+        there += here
+    assert torch.equal(target, source.float())
 
 
 def test_axes(folder: Path) -> None:

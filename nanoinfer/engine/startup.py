@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from nanoinfer.config import ModelConfig
 from nanoinfer.engine.cuda_graph import make_runner, measure_step_bytes
@@ -18,6 +19,7 @@ from nanoinfer.models import MODELS, CausalLM
 from nanoinfer.utils.hub import resolve_model
 from nanoinfer.utils.loader import load_model
 from nanoinfer.utils.parallel import TP
+from nanoinfer.utils.staging import staged_copy
 from nanoinfer.utils.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger("nanoinfer")
@@ -50,7 +52,7 @@ def start(config: EngineConfig, num_rows: int) -> Parts:
     weights = _weight_bytes(model_config, dtype, config.fixed_max_model_len or model_config.max_length)
     cache = _plan_cache(config, model_config, dtype, traits, weights)
     limits = _plan_limits(config, model_config, cache)
-    model = _load(config, model_config, path, device, dtype, limits.max_model_len)
+    model = _load(config, model_config, path, device, dtype, limits.max_model_len, traits)
     max_tokens = config.max_num_batched_tokens or traits.max_num_batched_tokens
     make = partial(
         make_runner, model, enforce_eager=config.enforce_eager, num_rows=num_rows,
@@ -76,11 +78,13 @@ def _load(
     device: torch.device,
     dtype: torch.dtype,
     max_length: int,
+    traits: DeviceTraits,
 ) -> CausalLM:
     began = time.perf_counter()
     model = load_model(
         path, model_config, device=device, dtype=dtype, tp=TP(), max_length=max_length,
         load_format=config.load_format, seed=config.seed,
+        copy=staged_copy(device) if traits.asynchronous else Tensor.copy_,
     )  # fmt: skip
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     logger.info("loaded %s: %.2f GiB of %s in %.1f s", path, weights / GIB, dtype, time.perf_counter() - began)
