@@ -8,7 +8,8 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from nanoinfer.engine.block_manager import Entry
-from nanoinfer.engine.sequence import Chunk, Sequence, Status
+from nanoinfer.engine.rows import NO_TOKEN, Chunk
+from nanoinfer.engine.sequence import Sequence, Status
 
 if TYPE_CHECKING:
     from fake_engine import FakeEngine
@@ -116,7 +117,7 @@ def _check_queues(engine: "FakeEngine") -> None:
 
 def _check_in_flight(engine: "FakeEngine") -> None:
     """The host's two lengths: what is launched is what the handles in flight say."""
-    launched = [chunk for handle in engine.loop.launched for chunk in handle.chunks]
+    launched = [chunk for handle in engine.loop.launched for chunk in handle.step.chunks()]
     assert len(engine.loop.launched) <= engine.loop.steps_ahead
     in_flight = Counter(chunk.seq.index for chunk in launched)
     pending = Counter(chunk.seq.index for chunk in launched if chunk.sample)
@@ -133,6 +134,8 @@ def _check_sequence(engine: "FakeEngine", seq: Sequence) -> None:
     assert len(seq.output_tokens) <= len(truth.output)
     running = seq.status is Status.RUNNING
     assert (seq.row >= 0) == (running or seq.in_flight > 0)
+    if seq.row >= 0:
+        _check_row(engine, seq)
     assert seq.num_cached_tokens < seq.num_prompt_tokens and (
         engine.blocks.enable_prefix_caching or not seq.num_cached_tokens
     )
@@ -147,6 +150,18 @@ def _check_sequence(engine: "FakeEngine", seq: Sequence) -> None:
         assert engine.blocks.ref_counts[block] == 1 and engine.blocks.entry_of[block] is None, (
             "a partial block is shared"
         )
+
+
+def _check_row(engine: "FakeEngine", seq: Sequence) -> None:
+    """The columns repeat what the objects say, where a step needs it for all at once."""
+    table, row = engine.scheduler.rows, seq.row
+    assert seq.rows is table and table.seqs[row] is seq
+    assert table.running[row] == (seq.status is Status.RUNNING)
+    assert table.unfinished[row] == (seq.status is not Status.FINISHED)
+    if seq.status is Status.RUNNING:
+        assert (table.num_blocks[row], table.num_shared[row]) == (len(seq.block_table), seq.num_shared_tokens)
+    assert (table.prompt_length[row], table.max_length[row]) == (seq.num_prompt_tokens, seq.max_length)
+    assert {int(token) for token in table.stop_ids[row]} - {NO_TOKEN} == seq.stop_ids
 
 
 def check_nothing_published(engine: "FakeEngine", request_id: str) -> None:

@@ -24,7 +24,8 @@ from nanoinfer.engine.llm_engine import LLMEngine
 from nanoinfer.engine.model_runner import CacheShape, DeviceTraits, ModelRunner, StepHandle
 from nanoinfer.engine.request_table import row_values
 from nanoinfer.engine.requests import Limits
-from nanoinfer.engine.sequence import Chunk, Sequence, Status
+from nanoinfer.engine.rows import Chunk, Ints, Step
+from nanoinfer.engine.sequence import Sequence, Status
 from nanoinfer.engine.startup import Parts
 from nanoinfer.engine_config import EngineConfig
 from nanoinfer.outputs import RequestOutput
@@ -130,9 +131,9 @@ class FakeModel:
 class LostStep:
     """A launched step whose tokens never arrive."""
 
-    chunks: list[Chunk]
+    step: Step
 
-    def tokens(self) -> list[int]:
+    def tokens(self) -> Ints:
         raise RuntimeError("injected: the step is lost")
 
 
@@ -153,14 +154,15 @@ class FakeRunner(ModelRunner):
         self.fault: str | None = None  # "before" or "after" the launch, or "tokens": when they are asked for
         self.model.row_state, self.model.slot_tokens = self.table.row_state.numpy(), self.table.slot_tokens.numpy()
 
-    def launch(self, chunks: list[Chunk]) -> StepHandle | LostStep:
+    def launch(self, step: Step) -> StepHandle | LostStep:
         try:
-            return self._launch(chunks)
+            return self._launch(step)
         except AssertionError as error:  # the loop would take it for a failed step
             self.violation = error
             raise
 
-    def _launch(self, chunks: list[Chunk]) -> StepHandle | LostStep:
+    def _launch(self, step: Step) -> StepHandle | LostStep:
+        chunks = step.chunks()
         fault, self.fault = self.fault, None
         check_launch(self.engine, chunks)
         self.engine.history.append([(chunk.seq.request_id, chunk.start, chunk.end) for chunk in chunks])
@@ -170,13 +172,13 @@ class FakeRunner(ModelRunner):
         if fault == "before":
             raise RuntimeError("injected: nothing was launched")
         self.model.expected = [(chunk, self.engine.truths[chunk.seq.request_id]) for chunk in chunks]
-        handle = super().launch(chunks)
+        handle = super().launch(step)
         if fault == "after":
             raise RuntimeError("injected: the launch failed half-way")
         if not self.model.lost:  # the columns that a step does not advance are the request's
             for seq in (chunk.seq for chunk in chunks):
                 assert (self.model.row_state[seq.row, LENGTH + 1 :] == row_values(seq)[LENGTH + 1 :]).all()
-        return LostStep(chunks) if fault == "tokens" else handle
+        return LostStep(step) if fault == "tokens" else handle
 
     def recover(self) -> None:
         """The lost step is known of. Of the table nothing can be relied on."""

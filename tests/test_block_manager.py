@@ -4,6 +4,7 @@ import pytest
 
 from nanoinfer import SamplingParams
 from nanoinfer.engine.block_manager import BlockManager
+from nanoinfer.engine.rows import Rows
 from nanoinfer.engine.sequence import Sequence
 
 A, B, C = [1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]
@@ -76,6 +77,7 @@ def test_a_full_hit_leaves_the_last_token_to_run() -> None:
     admit(blocks, A + B)
     seq = make_seq(A + B)
     assert blocks.admit(seq)
+    Rows(1).move_in(seq, 0)
     assert (seq.num_shared_tokens, seq.num_scheduled) == (8, 7)
 
 

@@ -57,7 +57,7 @@ class Engine(RuleBasedStateMachine):
         aligned=st.booleans(),
         tail=st.lists(tokens, max_size=2),
         max_tokens=st.one_of(st.integers(1, 4), st.integers(1, 60)),
-        stop=st.sampled_from([[], [], [], [], [4], [7]]),
+        stop=st.sampled_from([[], [], [], [], [4], [7], [6, 7, 8, 9, 10]]),
         ignore_eos=st.sampled_from([True, True, True, False]),
         salt=st.sampled_from([0, 0, 0, 1]),
         nan=st.sampled_from([0] * 16 + [1, 2, 5]),

@@ -53,8 +53,6 @@ class BlockManager:
         seq.block_table = [entry.block for entry in hits] + [self._take() for _ in range(needed)]
         seq.chain = [entry.id for entry in hits]
         seq.num_shared_tokens = len(hits) * self.block_size
-        # The last token always runs, for its logits; in a shared block it is recomputed and not stored.
-        seq.num_scheduled = seq.num_committed = min(seq.num_shared_tokens, len(seq.tokens) - 1)
         return True
 
     def grow(self, seq: Sequence, num_tokens: int) -> bool:

@@ -15,13 +15,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from nanoinfer import ops
 from nanoinfer.batch import Batch
 from nanoinfer.engine.model_runner import EMPTY_STEP, CacheShape, Model, ModelRunner, StepHandle, StepShape
-from nanoinfer.engine.sequence import Chunk, Sequence
+from nanoinfer.engine.rows import Rows, Step
+from nanoinfer.engine.sequence import Sequence
 from nanoinfer.sampling_params import SamplingParams
 
 logger = logging.getLogger("nanoinfer")
@@ -79,19 +81,19 @@ class CudaRunner(ModelRunner):
         message = torch.zeros_like(self.table.message, pin_memory=True)
         return RingSlot(message, torch.zeros(self.max_chunks, dtype=torch.int32, pin_memory=True), torch.cuda.Event())
 
-    def launch(self, chunks: list[Chunk]) -> StepHandle:
+    def launch(self, step: Step) -> StepHandle:
         slot = self.ring[self.num_launched % RING]
         slot.arrived.synchronize()  # long ago, unless that step's handle was dropped
         self.num_launched += 1
-        shape = StepShape.of(chunks)
+        shape = StepShape.of(step)
         with torch.inference_mode(), torch.cuda.stream(self.stream):
-            self._send(chunks, slot)
+            self._send(step, slot)
             self._run(shape)
-            return self._read_back(chunks, slot, shape.num_samples)
+            return self._read_back(step, slot, shape.num_samples)
 
-    def _send(self, chunks: list[Chunk], slot: RingSlot) -> None:
+    def _send(self, step: Step, slot: RingSlot) -> None:
         """The step's message to the device: one copy, and one more for each load of edits that goes ahead."""
-        for last in self.table.messages(chunks):
+        for last in self.table.messages(step):
             slot.message.copy_(self.table.message)
             self.message.copy_(slot.message, non_blocking=True)
             if not last:
@@ -143,13 +145,13 @@ class CudaRunner(ModelRunner):
         finally:
             graph.capture_end()
 
-    def _read_back(self, chunks: list[Chunk], slot: RingSlot, num_samples: int) -> StepHandle:
+    def _read_back(self, step: Step, slot: RingSlot, num_samples: int) -> StepHandle:
         self.copy_stream.wait_stream(self.stream)
         with torch.cuda.stream(self.copy_stream):
             tokens = slot.tokens[:num_samples]
             tokens.copy_(self.sampled[:num_samples], non_blocking=True)
             slot.arrived.record()
-        return StepHandle(chunks, tokens, slot.arrived.synchronize)
+        return StepHandle(step, tokens, slot.arrived.synchronize)
 
     def check_device(self) -> None:
         torch.cuda.synchronize(self.kv.device)  # after an illegal access every later call fails as well
@@ -183,14 +185,16 @@ def measure_step_bytes(runner: ModelRunner, max_tokens: int, max_model_len: int)
     length = min(max_tokens, max_model_len - 1)
     prefill = [length] * min(max_tokens // length, runner.max_chunks)
     for lengths in (prefill, [1] * runner.max_chunks):
-        chunks = [_lone_chunk(row, n, runner.block_size) for row, n in enumerate(lengths)]
-        runner.launch(chunks).tokens()
+        runner.launch(_lone_step(lengths, runner.block_size)).tokens()
     torch.cuda.synchronize()
     return free - torch.cuda.mem_get_info()[0]
 
 
-def _lone_chunk(row: int, length: int, block_size: int) -> Chunk:
-    """A whole prompt of a request that exists for a measurement, all of it in block 0."""
-    seq = Sequence("", row, [0] * length, length, SamplingParams(), length + 1, frozenset(), 0)
-    seq.row, seq.block_table = row, [0] * -(-length // block_size)
-    return Chunk(seq, 0, length, sample=True, store=True)
+def _lone_step(lengths: list[int], block_size: int) -> Step:
+    """Whole prompts of requests that exist for a measurement, all of them in block 0."""
+    rows = Rows(len(lengths))
+    for row, length in enumerate(lengths):
+        seq = Sequence("", row, [0] * length, length, SamplingParams(), length + 1, frozenset(), 0)
+        seq.block_table = [0] * -(-length // block_size)
+        rows.move_in(seq, row)
+    return rows.advance(np.arange(len(lengths), dtype=np.int32), np.array(lengths, dtype=np.int32))

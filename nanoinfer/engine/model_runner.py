@@ -6,13 +6,14 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from nanoinfer import ops
 from nanoinfer.batch import Batch
 from nanoinfer.engine.request_table import RequestTable
-from nanoinfer.engine.sequence import Chunk
+from nanoinfer.engine.rows import Ints, Step
 from nanoinfer.utils.memory import available_host_memory
 
 logger = logging.getLogger("nanoinfer")
@@ -81,8 +82,8 @@ class StepShape:
     num_samples: int
 
     @classmethod
-    def of(cls, chunks: Seq[Chunk]) -> "StepShape":
-        return cls(sum(chunk.end - chunk.start for chunk in chunks), len(chunks), sum(chunk.sample for chunk in chunks))
+    def of(cls, step: Step) -> "StepShape":
+        return cls(int((step.ends - step.starts).sum()), len(step), int(np.count_nonzero(step.samples)))
 
 
 EMPTY_STEP = StepShape(0, 0, 0)
@@ -90,16 +91,16 @@ EMPTY_STEP = StepShape(0, 0, 0)
 
 @dataclass(frozen=True, slots=True)
 class StepHandle:
-    """A launched step: its chunks, and the tokens it samples once they are asked for."""
+    """A launched step, and the tokens it samples once they are asked for."""
 
-    chunks: list[Chunk]
+    step: Step
     sampled: Tensor  # [samples] int32, in host memory
     wait: Callable[[], None]  # until they are there
 
-    def tokens(self) -> list[int]:
+    def tokens(self) -> Ints:
         """One token for each chunk that samples, in order; -1 where logits were not finite. Waits for the step."""
         self.wait()
-        return self.sampled.tolist()
+        return self.sampled.numpy()
 
 
 class ModelRunner:
@@ -126,15 +127,15 @@ class ModelRunner:
         self.buffers = {name: torch.zeros(size, dtype=torch.int32, device=device) for name, size in sizes.items()}
         self.sampled = torch.zeros(max_chunks, dtype=torch.int32, device=device)
 
-    def launch(self, chunks: list[Chunk]) -> StepHandle:
+    def launch(self, step: Step) -> StepHandle:
         """Start one step; returns without waiting for it where the device works on its own."""
-        shape = StepShape.of(chunks)
+        shape = StepShape.of(step)
         with torch.inference_mode():
             batch = self.batch(shape)
-            for last in self.table.messages(chunks):
+            for last in self.table.messages(step):
                 self.apply(self.table.sections, batch if last else self.batch(EMPTY_STEP))
             self.sample(batch, self.model(batch, self.kv_layers))
-        return StepHandle(chunks, self.sampled[: shape.num_samples].clone(), wait=lambda: None)
+        return StepHandle(step, self.sampled[: shape.num_samples].clone(), wait=lambda: None)
 
     def batch(self, shape: StepShape) -> Batch:
         """Views of the step's buffers, of the sizes that `shape` says."""

@@ -6,14 +6,13 @@ applies it on the device. What the device already has is never sent again: a dec
 
 import math
 from collections.abc import Iterator
-from collections.abc import Sequence as Seq
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nanoinfer.engine.sequence import Chunk, Sequence
+from nanoinfer.engine.rows import Ints, Step
+from nanoinfer.engine.sequence import Sequence
 from nanoinfer.row_state import (
     FLAG_SAMPLE,
     FLAG_STORE,
@@ -29,7 +28,6 @@ from nanoinfer.row_state import (
     TOP_P,
 )
 
-Ints = npt.NDArray[np.int32]
 Edit = tuple[int, int, int]  # row, index in its block table, block
 
 
@@ -68,22 +66,22 @@ class RequestTable:
         self.message = torch.zeros(sum(map(math.prod, self.shapes.values())), dtype=torch.int32)
         self.sections = self.views(self.message)
         self.host: dict[str, Ints] = {name: section.numpy() for name, section in self.sections.items()}
-        # What the device knows of each row: the occupancy it was made for, and how many of its blocks were sent.
-        self.owner: list[tuple[int, int] | None] = [None] * num_rows
-        self.sent_blocks = [0] * num_rows
+        # What the device knows of each row: whose it is, and how many of its blocks were sent.
+        self.occupancy = np.zeros(num_rows, dtype=np.int32)
+        self.sent_blocks = np.zeros(num_rows, dtype=np.int32)
 
     def views(self, message: Tensor) -> dict[str, Tensor]:
         """The sections of a flat message, this one's or a copy elsewhere."""
         parts = message.split([math.prod(shape) for shape in self.shapes.values()])
         return {name: part.view(shape) for part, (name, shape) in zip(parts, self.shapes.items(), strict=True)}
 
-    def messages(self, chunks: Seq[Chunk]) -> Iterator[bool]:
+    def messages(self, step: Step) -> Iterator[bool]:
         """Write a step's message into the buffer, to be applied before the next one is asked for; True for the last.
 
         Usually that is the only one. More table edits than a message holds go ahead, without chunks.
         """
-        new = [chunk.seq for chunk in chunks if self._moved_in(chunk.seq)]
-        edits = [edit for chunk in chunks for edit in self._new_blocks(chunk.seq)]
+        new = self._moved_in(step)
+        edits = self._new_blocks(step)
         while len(edits) > self.max_edits:
             self.host["edits"][:] = edits[: self.max_edits]
             self.host["header"][:] = 0, self.max_edits, 0, 0
@@ -93,35 +91,37 @@ class RequestTable:
             self.host["edits"][: len(edits)] = edits
         for i, seq in enumerate(new):
             self.host["new_rows"][i, 0], self.host["new_rows"][i, 1:] = seq.row, row_values(seq)
-        self.host["header"][:] = len(new), len(edits), len(chunks), self._write_chunks(chunks)
+        self.host["header"][:] = len(new), len(edits), len(step), self._write_tokens(step)
+        self._write_chunks(step)
         yield True
 
-    def _moved_in(self, seq: Sequence) -> bool:
-        """Whether seq's row is new to the device in seq's present occupancy."""
-        occupancy = (seq.index, seq.num_preemptions)
-        if self.owner[seq.row] == occupancy:
-            return False
-        self.owner[seq.row], self.sent_blocks[seq.row] = occupancy, 0
-        return True
+    def _moved_in(self, step: Step) -> list[Sequence]:
+        """The sequences whose rows the device does not know as theirs."""
+        new = self.occupancy[step.rows] != step.occupancies
+        self.occupancy[step.rows] = step.occupancies
+        self.sent_blocks[step.rows[new]] = 0
+        return [step.seqs[i] for i in np.flatnonzero(new).tolist()]
 
-    def _new_blocks(self, seq: Sequence) -> list[Edit]:
-        """The blocks of seq that its row on the device lacks."""
-        sent = self.sent_blocks[seq.row]
-        self.sent_blocks[seq.row] = len(seq.block_table)
-        return [(seq.row, sent + k, block) for k, block in enumerate(seq.block_table[sent:])]
+    def _new_blocks(self, step: Step) -> list[Edit]:
+        """The blocks that the rows on the device lack."""
+        edits = list[Edit]()
+        for i in np.flatnonzero(step.num_blocks > self.sent_blocks[step.rows]).tolist():
+            row, sent = int(step.rows[i]), int(self.sent_blocks[step.rows[i]])
+            edits += [(row, sent + k, block) for k, block in enumerate(step.seqs[i].block_table[sent:])]
+        self.sent_blocks[step.rows] = step.num_blocks
+        return edits
 
-    def _write_chunks(self, chunks: Seq[Chunk]) -> int:
-        begin = 0
-        for i, chunk in enumerate(chunks):
-            flags = FLAG_SAMPLE * chunk.sample + FLAG_STORE * chunk.store
-            self.host["chunks"][i] = chunk.seq.row, chunk.start, chunk.end, flags
-            begin = self._write_tokens(chunk, begin)
-        return begin
+    def _write_chunks(self, step: Step) -> None:
+        columns = self.host["chunks"][: len(step)].T
+        columns[:3] = step.rows, step.starts, step.ends
+        columns[3] = FLAG_SAMPLE * step.samples + FLAG_STORE * step.stores
 
-    def _write_tokens(self, chunk: Chunk, begin: int) -> int:
-        """The chunk's known tokens, -1 for one that only the device has."""
-        end = begin + chunk.end - chunk.start
-        known = chunk.seq.tokens[chunk.start : chunk.end]
-        self.host["tokens"][begin : begin + len(known)] = known
-        self.host["tokens"][begin + len(known) : end] = -1
-        return end
+    def _write_tokens(self, step: Step) -> int:
+        """The chunks' tokens; -1 for a row's last token, which the device has, and the host perhaps not yet."""
+        sizes = step.ends - step.starts
+        ends = sizes.cumsum()
+        tokens = self.host["tokens"]
+        tokens[: ends[-1]] = -1
+        for i in np.flatnonzero((sizes > 1) | ~step.samples).tolist():
+            tokens[ends[i] - sizes[i] : ends[i]] = step.seqs[i].tokens[step.starts[i] : step.ends[i]]
+        return int(ends[-1])

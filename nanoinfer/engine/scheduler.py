@@ -3,14 +3,19 @@
 `waiting` and `running` are in order of arrival. A step holds the decodes first, then prefill chunks of running
 sequences, then newly admitted ones, within a budget of tokens. When blocks run out, the latest arrival gives its own
 up and is computed again later.
+
+What every running sequence needs in every step is done for all at once on the columns of `rows`; the loops are over
+those that need more: a block, a preemption, a prefill, an end.
 """
 
 from bisect import insort
-from collections.abc import Sequence as Seq
 from operator import attrgetter
 
+import numpy as np
+
 from nanoinfer.engine.block_manager import BlockManager
-from nanoinfer.engine.sequence import Chunk, Sequence, Status
+from nanoinfer.engine.rows import Ints, Rows, Step
+from nanoinfer.engine.sequence import Sequence, Status
 
 _arrival = attrgetter("index")
 
@@ -20,9 +25,11 @@ class Scheduler:
         self.blocks = blocks
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.rows = Rows(num_rows)
         self.free_rows = list(reversed(range(num_rows)))
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self.running_rows: Ints | None = None  # of `running`, in its order; None: it has changed
 
     def add(self, seq: Sequence) -> None:
         self.waiting.append(seq)
@@ -30,31 +37,58 @@ class Scheduler:
     def has_unfinished(self) -> bool:
         return bool(self.waiting or self.running)
 
-    def schedule(self) -> list[Chunk]:
-        """The next step's chunks; empty when nothing can run before a launched step is committed."""
-        chunks: list[Chunk] = []
-        budget, num_waiting = self.max_num_batched_tokens, len(self.waiting)
-        decodes = [seq for seq in self.running if seq.remaining == 1]
-        prefills = [seq for seq in self.running if seq.remaining > 1]
-        for seq in decodes + prefills:
-            if budget and seq.status is Status.RUNNING and self._make_room(seq):
-                chunks.append(self._chunk(seq, budget))
-                budget -= chunks[-1].end - chunks[-1].start
-        if len(self.waiting) > num_waiting:  # preempted just now: admitting would take the blocks straight back
-            return chunks
-        while budget and (admitted := self._admit()):
-            chunks.append(self._chunk(admitted, budget))
-            budget -= chunks[-1].end - chunks[-1].start
-        return chunks
+    def schedule(self) -> Step | None:
+        """The next step; None when nothing can run before a launched step is committed."""
+        num_waiting = len(self.waiting)
+        decodes = self._decodes()
+        # Preempted just now: admitting would take the blocks straight back.
+        admit = len(self.waiting) == num_waiting
+        prefills = np.array(self._prefills(self.max_num_batched_tokens - len(decodes), admit), dtype=np.int32)
+        prefills = prefills.reshape(-1, 2)
+        rows = np.concatenate((decodes, prefills[:, 0]))
+        ends = np.concatenate((self.rows.length[decodes], prefills[:, 1]))
+        return self.rows.advance(rows, ends) if len(rows) else None
 
-    def _make_room(self, seq: Sequence) -> bool:
-        """Blocks for seq's next token, at the expense of the latest arrival; False if that is seq itself."""
+    def _decodes(self) -> Ints:
+        """Rows with a single token to run, which is for most the one that was sampled last, with blocks for it."""
+        table, rows = self.rows, self._rows_of_running()
+        length = table.length[rows]
+        rows = rows[(length - table.scheduled[rows] == 1) & (length < table.max_length[rows])]
+        for row in rows[table.length[rows] > table.num_blocks[rows] * self.blocks.block_size].tolist():
+            if table.running[row]:  # else it has just given way to an earlier one
+                self._make_room(table.seqs[row])
+        ready: Ints = rows[table.running[rows]]
+        for row in ready[table.scheduled[ready] < table.prompt_length[ready]].tolist():
+            self.blocks.publish(table.seqs[row], int(table.length[row]))
+        return ready
+
+    def _prefills(self, budget: int, admit: bool) -> list[tuple[int, int]]:
+        """(row, end) of prompts: those that run already, then new ones."""
+        table, rows = self.rows, self._rows_of_running()
+        begun = iter(table.seqs[rows[table.length[rows] - table.scheduled[rows] > 1]].tolist())
+        found = list[tuple[int, int]]()
+        while budget > 0 and (seq := next(begun, None) or (self._admit() if admit else None)):
+            end = min(seq.length, seq.num_scheduled + budget)
+            budget -= end - seq.num_scheduled
+            found.append((seq.row, end))
+            # Its blocks can be shared from now on: every kernel of a step stores before it reads. Those that decoding
+            # fills wait for their commit, since their tokens are not known before.
+            self.blocks.publish(seq, end)
+        return found
+
+    def _rows_of_running(self) -> Ints:
+        if self.running_rows is None:
+            self.running_rows = np.array([seq.row for seq in self.running], dtype=np.int32)
+        return self.running_rows
+
+    def _make_room(self, seq: Sequence) -> None:
+        """Blocks for seq's next token, at the expense of the latest arrival, which may be seq itself."""
         while not self.blocks.grow(seq, seq.length):
             victim = self.running[-1]
             self._preempt(victim)
             if victim is seq:
-                return False
-        return True
+                return
+        self.rows.num_blocks[seq.row] = len(seq.block_table)
 
     def _admit(self) -> Sequence | None:
         """Start the first in line. One with a token still in flight must receive it first."""
@@ -65,92 +99,87 @@ class Scheduler:
             return None
         del self.waiting[0]
         insort(self.running, seq, key=_arrival)
-        seq.status, seq.row = Status.RUNNING, self.free_rows.pop()
+        self.running_rows, seq.status = None, Status.RUNNING
+        self.rows.move_in(seq, self.free_rows.pop())
         if seq.num_preemptions == 0:
             seq.num_cached_tokens = seq.num_scheduled
         return seq
 
-    def _chunk(self, seq: Sequence, budget: int) -> Chunk:
-        start = seq.num_scheduled
-        end = min(seq.length, start + budget)
-        chunk = Chunk(seq, start, end, sample=end == seq.length, store=start >= seq.num_shared_tokens)
-        seq.num_scheduled = end
-        seq.in_flight += 1
-        seq.pending += chunk.sample
-        # Prompt blocks can be shared from now on: every kernel of a step stores before it reads. Generated ones wait
-        # for their commit, since their tokens are not known before.
-        self.blocks.publish(seq, min(end, seq.num_prompt_tokens))
-        return chunk
-
-    def commit(self, chunks: Seq[Chunk], tokens: Seq[int]) -> list[Sequence]:
+    def commit(self, step: Step, tokens: Ints) -> list[Sequence]:
         """Take back a step's sampled tokens, one for each chunk that samples; the sequences that it finished."""
-        sampled, finished = iter(tokens), []
-        for chunk in chunks:
-            seq = chunk.seq
-            seq.in_flight -= 1
-            token = next(sampled) if chunk.sample else None
-            if seq.status is Status.RUNNING:
-                seq.num_committed = chunk.end
-                self.blocks.publish(seq, chunk.end)
-            else:
-                self._free_row(seq)
-            # A sequence that ended while this was in flight drops its surplus token; a preempted one still takes it.
-            if token is not None and seq.status is not Status.FINISHED and self._append(seq, token):
-                finished.append(seq)
+        table, size = self.rows, self.blocks.block_size
+        table.in_flight[step.rows] -= 1
+        running = table.running[step.rows]
+        table.committed[step.rows[running]] = step.ends[running]
+        for i in np.flatnonzero(running & (step.ends // size > step.starts // size)).tolist():
+            self.blocks.publish(step.seqs[i], int(step.ends[i]))
+        finished = self._take(step, tokens)
+        for i in np.flatnonzero(~running).tolist():
+            self._free_row(step.seqs[i])
         return finished
 
-    def _append(self, seq: Sequence, token: int) -> bool:
-        """Take one sampled token; True when it is the last one."""
-        seq.pending -= 1
+    def _take(self, step: Step, tokens: Ints) -> list[Sequence]:
+        """Append each sampled token to its sequence; those for which it was the last.
+
+        A sequence that ended while this was in flight drops its surplus token; a preempted one still takes it.
+        """
+        table, rows, ends = self.rows, step.rows[step.samples], step.ends[step.samples]
+        seqs = [step.seqs[i] for i in np.flatnonzero(step.samples).tolist()]
+        takes = table.unfinished[rows] & (tokens >= 0)
+        for seq, token, take in zip(seqs, tokens.tolist(), takes.tolist(), strict=True):
+            if take:
+                seq.tokens.append(token)
+        stops = (table.stop_ids[rows] == tokens[:, None]).any(axis=1)
+        last = table.unfinished[rows] & (stops | (tokens < 0) | (ends + 1 >= table.max_length[rows]))
+        finished = [seqs[i] for i in np.flatnonzero(last).tolist()]
+        for seq, token in zip(finished, tokens[last].tolist(), strict=True):
+            self._end(seq, token)
+        return finished
+
+    def _end(self, seq: Sequence, token: int) -> None:
+        """Finish seq, whose last sampled token this is."""
         if token < 0:
             self.blocks.forget_prefix(seq)
             self._finish(seq, "error", error="the model's logits for this request are not finite")
-            return True
-        seq.tokens.append(token)
-        if token in seq.stop_ids:
+        elif token in seq.stop_ids:
             seq.stop_reason = token if token in (seq.params.stop_token_ids or ()) else None
             self._finish(seq, "stop")
-        elif len(seq.tokens) >= seq.max_length:
+        else:
             self._finish(seq, "length")
-        return seq.status is Status.FINISHED
 
     def abort(self, seq: Sequence) -> None:
         """End seq now, whatever its state; a token in flight is dropped when it arrives."""
         if seq.status is not Status.FINISHED:
             self._finish(seq, "abort")
 
-    def fail(self, chunks: Seq[Chunk], error: str) -> list[Sequence]:
+    def fail(self, step: Step, error: str) -> list[Sequence]:
         """A step did not happen: its sequences end with `error`, and what it was to write is withdrawn."""
-        failed = []
-        for chunk in chunks:
-            seq = chunk.seq
-            self._withdraw(chunk)
-            if seq.status is not Status.FINISHED:
-                self._finish(seq, "error", error=error)
-                failed.append(seq)
+        self._withdraw(step)
+        failed = [seq for seq in step.seqs if seq.status is not Status.FINISHED]
+        for seq in failed:
+            self._finish(seq, "error", error=error)
+        for seq in step.seqs:
             self._free_row(seq)
         return failed
 
-    def roll_back(self, chunks: Seq[Chunk]) -> None:
+    def roll_back(self, step: Step) -> None:
         """A step built on a failed one is void: its sequences that are still alive start over."""
-        for chunk in chunks:
-            self._withdraw(chunk)
-            if chunk.seq.status is Status.RUNNING:
-                self._preempt(chunk.seq)
-            self._free_row(chunk.seq)
+        self._withdraw(step)
+        for seq in step.seqs:
+            if seq.status is Status.RUNNING:
+                self._preempt(seq)
+            self._free_row(seq)
 
-    def _withdraw(self, chunk: Chunk) -> None:
-        seq = chunk.seq
-        seq.in_flight -= 1
-        seq.pending -= chunk.sample
-        if chunk.store and seq.status is Status.RUNNING:
-            self.blocks.unpublish(seq, chunk.start)
+    def _withdraw(self, step: Step) -> None:
+        self.rows.in_flight[step.rows] -= 1
+        for seq, start, _, _, store in step.chunks():
+            if store and seq.status is Status.RUNNING:
+                self.blocks.unpublish(seq, start)
 
     def _preempt(self, seq: Sequence) -> None:
         self.running.remove(seq)
         self._give_up(seq, Status.WAITING)
         seq.num_preemptions += 1
-        seq.num_scheduled = seq.num_committed = 0
         insort(self.waiting, seq, key=_arrival)
 
     def _finish(self, seq: Sequence, reason: str, error: str | None = None) -> None:
@@ -162,11 +191,14 @@ class Scheduler:
         if seq.in_flight:  # its launched steps may yet fail, and then nobody knows which blocks they were to fill
             self.blocks.unpublish(seq, max(seq.num_committed, seq.num_shared_tokens))
         self.blocks.release(seq)
-        seq.status = status
+        seq.status, self.running_rows = status, None
+        if seq.row >= 0:
+            self.rows.running[seq.row] = False
+            self.rows.unfinished[seq.row] = status is Status.WAITING
         self._free_row(seq)
 
     def _free_row(self, seq: Sequence) -> None:
         """Hand the row back once no launched step names it and seq does not run."""
         if seq.row >= 0 and seq.in_flight == 0 and seq.status is not Status.RUNNING:
             self.free_rows.append(seq.row)
-            seq.row = -1
+            self.rows.move_out(seq)

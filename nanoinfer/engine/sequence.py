@@ -1,9 +1,12 @@
-"""Sequence: one request's tokens and state. Written by Scheduler and BlockManager only."""
+"""Sequence: one request's tokens and state."""
 
 from dataclasses import dataclass, field
 from enum import Enum
 
+from nanoinfer.engine.rows import Rows
 from nanoinfer.sampling_params import SamplingParams
+
+NOBODYS = Rows(0)
 
 
 class Status(Enum):
@@ -18,7 +21,8 @@ class Status(Enum):
 class Sequence:
     """A request with two lengths: what has been launched (in flight) and what has been committed.
 
-    `tokens` are the known ones; `pending` counts sampled tokens that the device has and the host does not yet.
+    `tokens` are the known ones; `pending` counts sampled tokens that the device has and the host does not yet. What
+    changes with every step stands in `rows` for as long as it has a row. Written by Scheduler and BlockManager only.
     """
 
     request_id: str
@@ -33,14 +37,11 @@ class Sequence:
     cache_salt: str = ""
 
     status: Status = Status.WAITING
-    num_scheduled: int = 0  # tokens whose KV is written once every launched step is done
-    num_committed: int = 0  # tokens whose KV is written
-    pending: int = 0
-    in_flight: int = 0  # launched chunks that are not yet committed
     num_preemptions: int = 0
     num_cached_tokens: int = 0  # of the prompt, when it was first admitted
 
-    row: int = -1  # in the device's table of requests
+    rows: Rows = NOBODYS
+    row: int = -1  # in `rows`, and in the device's table of requests
     block_table: list[int] = field(default_factory=list)
     num_shared_tokens: int = 0  # positions below this lie in blocks that others may read: never written
     chain: list[int] = field(default_factory=list)  # prefix cache entry of each leading full block
@@ -52,24 +53,27 @@ class Sequence:
     @property
     def length(self) -> int:
         """All tokens, those in flight included."""
-        return len(self.tokens) + self.pending
+        return int(self.rows.length[self.row]) if self.row >= 0 else len(self.tokens)
 
     @property
-    def remaining(self) -> int:
-        """Tokens to launch before the next one can be sampled; 1 while decoding, 0 when nothing may be launched."""
-        return self.length - self.num_scheduled if self.length < self.max_length else 0
+    def pending(self) -> int:
+        return self.length - len(self.tokens)
+
+    @property
+    def num_scheduled(self) -> int:
+        """Tokens whose KV is written once every launched step is done."""
+        return int(self.rows.scheduled[self.row]) if self.row >= 0 else 0
+
+    @property
+    def num_committed(self) -> int:
+        """Tokens whose KV is written."""
+        return int(self.rows.committed[self.row]) if self.row >= 0 else 0
+
+    @property
+    def in_flight(self) -> int:
+        """Launched chunks that are not yet committed."""
+        return int(self.rows.in_flight[self.row]) if self.row >= 0 else 0
 
     @property
     def output_tokens(self) -> list[int]:
         return self.tokens[self.num_prompt_tokens :]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Chunk:
-    """Run tokens [start, end) of seq in this step."""
-
-    seq: Sequence
-    start: int
-    end: int
-    sample: bool  # the token after `end` is wanted
-    store: bool  # False: the position lies in a shared block and is recomputed for its logits only

@@ -4,8 +4,9 @@ import logging
 from collections import deque
 
 from nanoinfer.engine.model_runner import ModelRunner, StepHandle
+from nanoinfer.engine.rows import Step
 from nanoinfer.engine.scheduler import Scheduler
-from nanoinfer.engine.sequence import Chunk, Sequence
+from nanoinfer.engine.sequence import Sequence
 from nanoinfer.errors import EngineDead
 
 logger = logging.getLogger("nanoinfer")
@@ -34,13 +35,13 @@ class StepLoop:
         return finished
 
     def _launch(self) -> list[Sequence]:
-        chunks = self.scheduler.schedule()
-        assert chunks or self.launched or not self.scheduler.has_unfinished(), "nothing to run, and no end"
-        if chunks:
+        step = self.scheduler.schedule()
+        assert step or self.launched or not self.scheduler.has_unfinished(), "nothing to run, and no end"
+        if step:
             try:
-                self.launched.append(self.runner.launch(chunks))
+                self.launched.append(self.runner.launch(step))
             except Exception as error:
-                return self._fail(chunks, error)
+                return self._fail(step, error)
         return []
 
     def _commit(self) -> list[Sequence]:
@@ -48,21 +49,21 @@ class StepLoop:
         try:
             tokens = handle.tokens()
         except Exception as error:
-            failed = self._fail(handle.chunks, error)
+            failed = self._fail(handle.step, error)
             for later in self.launched:
-                self.scheduler.roll_back(later.chunks)
+                self.scheduler.roll_back(later.step)
             self.launched.clear()
             return failed
-        return self.scheduler.commit(handle.chunks, tokens)
+        return self.scheduler.commit(handle.step, tokens)
 
-    def _fail(self, chunks: list[Chunk], error: Exception) -> list[Sequence]:
+    def _fail(self, step: Step, error: Exception) -> list[Sequence]:
         """End the requests of a step that failed; EngineDead where the device will not run another one.
 
         The device's table needs no repair: all rows that the step's message named are given up.
         """
-        logger.error("a step of %d requests failed: %r", len(chunks), error, exc_info=error)
+        logger.error("a step of %d requests failed: %r", len(step), error, exc_info=error)
         try:
             self.runner.check_device()
         except Exception as lost:
             raise EngineDead(f"the device is lost: {lost!r}") from error
-        return self.scheduler.fail(chunks, f"the step failed: {error!r}")
+        return self.scheduler.fail(step, f"the step failed: {error!r}")
