@@ -40,6 +40,9 @@ class FastTokenizer:
             self.tokenizer: JsonTokenizer = JsonTokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception for any malformed file
             raise ModelLoadError(f"{path} is not a tokenizer file: {error}") from error
+        # Saved along by whoever trained with them; a prompt is to stay as it is, as it does with transformers.
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
         self.size, self.longest_token = measure(self.tokenizer.get_vocab(with_added_tokens=True), path)
 
     def encode(self, text: str) -> list[int]:
