@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
+from functools import partial
 
 import torch
 
@@ -35,8 +36,10 @@ OPTIONS = ("max_num_seqs", "max_model_len", "max_num_batched_tokens", "block_siz
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
+    # Options are replaced by their names where each engine runs in a process of its own, so no name is shortened.
+    add_command = partial(commands.add_parser, allow_abbrev=False)
     machine, engines = _machine_options(), _engine_options()
-    command = commands.add_parser("throughput", parents=[machine, engines], help="tokens/s of a mixed workload")
+    command = add_command("throughput", parents=[machine, engines], help="tokens/s of a mixed workload")
     command.add_argument("--num-requests", type=_positive, default=256)
     command.add_argument(
         "--input-len", type=_positive, nargs=2, metavar=("MIN", "MAX"), default=[100, 1024], help="tokens of a prompt"
@@ -45,14 +48,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--output-len", type=_positive, nargs=2, metavar=("MIN", "MAX"), default=[100, 1024], help="tokens to generate"
     )
     command.add_argument("--temperature", type=float, default=0.6)
-    command = commands.add_parser("latency", parents=[machine, engines], help="decode and prefill of equal requests")
+    command = add_command("latency", parents=[machine, engines], help="decode and prefill of equal requests")
     command.add_argument("--batch", type=_positive, nargs="+", default=[1, 8, 32])
     command.add_argument("--context", type=_positive, nargs="+", default=[128], help="prompt tokens of each request")
     command.add_argument("--output-len", type=_positive, default=32, help="at least 2")
     command.add_argument("--repeats", type=_positive, default=3, help="the median counts")
-    command = commands.add_parser("startup", parents=[machine, engines], help="seconds to the first token")
+    command = add_command("startup", parents=[machine, engines], help="seconds to the first token")
     command.add_argument("--runs", type=_positive, default=3, help="of each engine, each in a fresh process")
-    command = commands.add_parser("ops", parents=[machine], help="each op alone")
+    command = add_command("ops", parents=[machine], help="each op alone")
     command.add_argument("--shapes", nargs="+", choices=SHAPES, default=["qwen2-0.5b"])
     command.add_argument("--batch", type=_positive, nargs="+", default=[1, 8], help="of the decode steps")
     command.add_argument("--context", type=_positive, default=1024, help="of decode steps; length of the prefill")

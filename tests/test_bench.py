@@ -356,6 +356,7 @@ def test_nothing_to_measure_is_an_error(monkeypatch, folder: Path) -> None:
         (["latency", "--batch", "0"], "at least 1, got 0"),
         (["throughput", "--input-len", "9", "3"], "MIN is 9, MAX is 3"),
         (["ops", "--shapes", "gpt2"], "invalid choice"),
+        (["throughput", "--eng", "nanoinfer,hf"], "unrecognized arguments: --eng"),  # each child would start its own
     ],
 )
 def test_wrong_arguments_are_refused(argv: list[str], message: str, capsys) -> None:
