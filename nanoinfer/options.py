@@ -18,8 +18,10 @@ NoOp = dict[str, tuple[object, ...]]  # an option's name, and the values that as
 def checked_names(owner: str, options: dict[str, object], known: set[str], no_op: NoOp) -> dict[str, object]:
     """The options that `known` has. One of `no_op` must have a value that asks for nothing, and is left out.
 
-    Raises InvalidRequest for another value, TypeError with the nearest name for one that is in neither.
+    numpy's scalars become Python's, whose sums and products cannot overflow. Raises InvalidRequest for another value,
+    TypeError with the nearest name for one that is in neither.
     """
+    options = {name: value.item() if isinstance(value, np.generic) else value for name, value in options.items()}
     for name, value in options.items():
         if name in no_op:
             check_choice(name, value, no_op[name])

@@ -5,6 +5,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from decimal import Decimal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,6 +59,7 @@ def golden_request_is_unharmed(llm: LLM) -> Iterator[None]:
         (b"bytes", "list of token ids"),
         (torch.tensor([[1, 2]]), "list of token ids"),
         ({"prompt_token_ids": [1], "promt": "x"}, "unknown keys"),
+        ({"promt": "x", 1: 2}, "unknown keys"),
         ({}, "must hold 'prompt' or 'prompt_token_ids'"),
         ({"prompt": 3}, "prompt must be a string"),
         ({"prompt_token_ids": [1], "cache_salt": 3}, "cache_salt must be a string"),
@@ -118,6 +120,17 @@ def test_sampling_params_accepted(llm: LLM, options: dict[str, object]) -> None:
     params = SamplingParams(**options)
     (out,) = llm.generate(GOLDEN, params, use_tqdm=False)
     assert out.outputs[0].finish_reason in ("length", "stop")
+
+
+def test_numpy_integers_do_not_overflow(llm: LLM, tmp_path: Path) -> None:
+    """A length or a size is added and multiplied as the number it is, not wrapped at its type's end."""
+    prompt = [1] * 40
+    for limit in (np.int8(127), np.int32(2**31 - 1)):
+        (out,) = llm.generate([prompt], SamplingParams(max_tokens=limit, ignore_eos=True), use_tqdm=False)
+        assert len(out["token_ids"]) == 100 - len(prompt)  # to max_model_len
+    save_checkpoint(tmp_path)
+    with pytest.raises(InvalidRequest, match="too little memory: num_gpu_blocks_override = 2147483647 gives"):
+        LLM(tmp_path, device="cpu", skip_tokenizer_init=True, num_gpu_blocks_override=np.int32(2**31 - 1))
 
 
 def test_unknown_options_name_the_nearest(llm: LLM) -> None:

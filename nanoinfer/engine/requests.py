@@ -58,7 +58,7 @@ def _unpack(prompt: PromptType) -> tuple[str | None, object | None, str]:
     if not isinstance(prompt, Mapping):
         return None, prompt, ""
     if unknown := prompt.keys() - PROMPT_KEYS:
-        raise InvalidRequest(f"prompt has unknown keys {sorted(unknown)}; it may have {sorted(PROMPT_KEYS)}")
+        raise InvalidRequest(f"prompt has unknown keys {sorted(unknown, key=str)}; it may have {sorted(PROMPT_KEYS)}")
     text, ids, salt = (prompt.get(key) for key in ("prompt", "prompt_token_ids", "cache_salt"))
     if text is None and ids is None:
         raise InvalidRequest("prompt must hold 'prompt' or 'prompt_token_ids'")
