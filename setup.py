@@ -77,6 +77,8 @@ class Job:
 
 def run(command: list[str]) -> None:
     print(shlex.join(command), flush=True)
+    if shutil.which(command[0]) is None:
+        sys.exit(f"nanoinfer: there is no compiler {command[0]!r}; set CXX to one, or unset it to use the one on PATH")
     code = subprocess.run(command).returncode
     if code:
         sys.exit(f"nanoinfer: {command[0]} failed with exit code {code}; its messages are above")

@@ -164,6 +164,7 @@ def test_one_wheel_serves_every_python(checkout: Path) -> None:
     ("environment", "message"),
     [
         ({"CXX": "false"}, "false failed with exit code 1"),
+        ({"CXX": "no-such-compiler"}, "there is no compiler 'no-such-compiler'; set CXX to one"),
         ({"NANOINFER_CUDA": "yes"}, "NANOINFER_CUDA must be 0, 1 or unset, got 'yes'"),
         ({"NANOINFER_CUDA": "1", "CUDA_HOME": "/nowhere"}, "NANOINFER_CUDA=1, but nvcc is neither"),
     ],
