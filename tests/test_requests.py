@@ -283,6 +283,28 @@ def test_ctrl_c_leaves_the_engine_usable(llm: LLM, monkeypatch: pytest.MonkeyPat
         assert not llm.llm_engine.has_unfinished_requests()
 
 
+@pytest.mark.parametrize("method", ["add", "abort"])
+def test_ctrl_c_waits_for_the_books(llm: LLM, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """Pressed while requests are queued, or again while they are given up: none is half in, none half out."""
+    scheduler = llm.llm_engine.scheduler
+    right = getattr(scheduler, method)
+
+    def interrupted(seq: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        right(seq)
+
+    def cut_off() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(scheduler, method, interrupted)
+    if method == "abort":
+        monkeypatch.setattr(llm.llm_engine, "step", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([GOLDEN], GREEDY, use_tqdm=False)
+    monkeypatch.undo()
+    assert not llm.llm_engine.has_unfinished_requests()
+
+
 def test_abort_of_any_id_is_harmless(llm: LLM) -> None:
     """Waiting, running, unknown, twice: abort never raises and its output never comes."""
     engine = llm.llm_engine

@@ -15,6 +15,7 @@ from nanoinfer.errors import InvalidRequest
 from nanoinfer.inputs import PromptType
 from nanoinfer.outputs import RequestOutput
 from nanoinfer.sampling_params import SamplingParams
+from nanoinfer.utils.interrupts import deferred_interrupt
 from nanoinfer.utils.tokenizer import load_hf_tokenizer
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ class LLM:
         requests = self._check(_as_list(prompts), sampling_params)
         ids: list[str] = []
         try:
-            ids.extend(self.llm_engine.enqueue(request) for request in requests)
+            with deferred_interrupt():  # no request may be queued without its id in `ids`
+                ids.extend(self.llm_engine.enqueue(request) for request in requests)
             done = self._run(ids, use_tqdm)
         finally:  # after Ctrl-C nothing of this call stays behind
             self.llm_engine.abort_request(ids)

@@ -110,12 +110,16 @@ class LLMEngine:
         return SamplingParams(**{name: value for name, value in options.items() if value is not None})
 
     def abort_request(self, request_ids: str | Iterable[str]) -> None:
-        """End requests now; unknown and finished ids are ignored. Their output is not returned."""
+        """End requests now; unknown and finished ids are ignored. Their output is not returned.
+
+        Ctrl-C waits until all have ended: who pressed it once, and got here by it, often presses it again.
+        """
         ids = {request_ids} if isinstance(request_ids, str) else set(request_ids)
-        for request_id in ids:
-            if seq := self.sequences.pop(request_id, None):
-                self.scheduler.abort(seq)
-        self.held = [output for output in self.held if output.request_id not in ids]
+        with deferred_interrupt():
+            for request_id in ids:
+                if seq := self.sequences.pop(request_id, None):
+                    self.scheduler.abort(seq)
+            self.held = [output for output in self.held if output.request_id not in ids]
 
     def has_unfinished_requests(self) -> bool:
         return bool(self.sequences or self.loop.launched or self.held)
