@@ -66,7 +66,7 @@ def test_repeats_are_equal(llm: LLM) -> None:
 def test_decoding_neither_waits_nor_allocates(llm: LLM) -> None:
     """Between launches the host reads one event; a step of graphs takes no memory."""
     engine = llm.llm_engine
-    for _ in range(2):  # the first round captures
+    for _ in range(2):  # the first round loads the sampler's kernels
         for i in range(5):
             engine.add_request([7 + i, 9, 11], SamplingParams(max_tokens=40, ignore_eos=True))
         for _ in range(8):
@@ -85,14 +85,14 @@ def test_decoding_neither_waits_nor_allocates(llm: LLM) -> None:
 
 
 def test_graphs_serve_every_size(llm: LLM) -> None:
-    """Up to max_num_seqs requests a step is captured, each bucket once."""
+    """Up to max_num_seqs requests a step is captured, before the first one comes."""
     runner = llm.llm_engine.runner
     assert isinstance(runner, CudaRunner)
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
     for count in (1, 2, 3, 9, 17, 256):
         outs = llm.generate([[5, 6, 7]] * count, params, use_tqdm=False)
         assert len({tuple(out["token_ids"]) for out in outs}) == 1
-    assert {1, 2, 4, 16, 24, 256} <= runner.graphs.keys() <= set(bucket_ladder(256))
+    assert runner.graphs.keys() == set(bucket_ladder(256))
 
 
 def test_a_step_that_runs_out_of_memory_fails_alone(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
-"""Text becomes the ids that transformers gives for it."""
+"""Text becomes the ids that transformers gives for it, or the folder is refused."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from nanoinfer.errors import ModelLoadError
 from nanoinfer.utils.tokenizer import load_tokenizer
 
 DEMO = Path(__file__).parents[1] / "nanoinfer" / "assets" / "demo"
@@ -27,3 +29,26 @@ def test_prompts_are_neither_cut_nor_padded(tmp_path: Path, setting: str) -> Non
     ids = load_tokenizer(tmp_path).encode(TEXT)
     assert ids == AutoTokenizer.from_pretrained(tmp_path).encode(TEXT)
     assert 4 < len(ids) < 200
+
+
+@pytest.mark.parametrize("left", [["config.json"], ["config.json", "tokenizer_config.json"]])
+def test_a_folder_without_a_vocabulary_is_refused(tmp_path: Path, left: list[str]) -> None:
+    """transformers makes up a tokenizer of special tokens for it; the sampler would then allow no other id."""
+    for name in left:
+        shutil.copy(DEMO / name, tmp_path)
+    with pytest.raises(ModelLoadError, match=r"holds no tokenizer \(it has no vocabulary\); pass"):
+        load_tokenizer(tmp_path)
+
+
+def test_vocabulary_and_merges_are_read_without_tokenizer_json(tmp_path: Path) -> None:
+    """The older form of the same tokenizer."""
+    for name in ("config.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / name, tmp_path)
+    model = json.loads((DEMO / "tokenizer.json").read_text())["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (tmp_path / "merges.txt").write_text("\n".join(" ".join(pair) for pair in model["merges"]))
+    old, new = load_tokenizer(tmp_path), load_tokenizer(DEMO)
+    assert type(old) is not type(new)
+    ids = new.encode(TEXT)
+    assert old.encode(TEXT) == ids and old.decode(ids, False) == new.decode(ids, False) == TEXT
+    assert old.size == new.size

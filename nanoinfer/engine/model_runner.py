@@ -171,6 +171,9 @@ class ModelRunner:
         tokens = self.sampled[: batch.sample_rows.shape[0]][part]
         ops.sample(logits, rows, table.row_state, tokens, self.vocab_size)
 
+    def warm_up(self) -> None:
+        """Whatever has to happen once so that steps are fast; on a CPU there is nothing of the kind."""
+
     def check_device(self) -> None:
         """Raise where the device cannot run anything any more; a CPU always can."""
 

@@ -68,6 +68,7 @@ def start(config: EngineConfig, num_rows: int) -> Parts:
         limits = _plan_limits(config, model_config, cache)
     _log_pool(cache)
     runner = make(cache, blocks_per_row=-(-limits.max_model_len // cache.block_size))
+    runner.warm_up()
     return Parts(model_config, tokenizer, folder, runner, traits, cache, limits, max_tokens)
 
 

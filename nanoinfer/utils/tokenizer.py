@@ -77,9 +77,12 @@ def load_hf_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if len(tokenizer.added_tokens_decoder) >= len(tokenizer.get_vocab()):  # what transformers makes of no files
+            raise ValueError("it has no vocabulary")
     except (OSError, ValueError) as error:
         raise ModelLoadError(
             f"{folder} holds no tokenizer ({error}); pass tokenizer=FOLDER, or skip_tokenizer_init=True to work "
             "with token ids"
         ) from error
+    return tokenizer
