@@ -6,9 +6,9 @@ namespace {
 
 Tensor normalise(const char* op, const Tensor& x, const Tensor* residual, const Tensor& weight, double eps) {
     Want(op, "x", x).floating().shape({-1, -1}).dense(1);
-    Want(op, "weight", weight).dtype(x.scalar_type()).shape({x.size(1)}).dense(0).same_device(x);
     require(x.size(1) <= cuda::kMaxNormDim, op, ": x must have at most ", cuda::kMaxNormDim, " columns, got ",
             x.size(1));
+    Want(op, "weight", weight).dtype(x.scalar_type()).shape({x.size(1)}).dense(0).same_device(x);
     if (residual) {
         Want(op, "residual", *residual).dtype(x.scalar_type()).shape({x.size(0), x.size(1)}).dense(1).same_device(x);
     }
