@@ -24,7 +24,7 @@ NO_OP: NoOp = {
     "cpu_offload_gb": (0, 0.0),
     "enable_chunked_prefill": (None, True),
     "scheduling_policy": ("fcfs",),
-    "disable_log_stats": (True,),
+    "disable_log_stats": (True, False),
     "enable_lora": (False,),
     "enable_sleep_mode": (False,),
     "disable_custom_all_reduce": (False, True),
@@ -85,13 +85,18 @@ class EngineConfig:
         known = {field.name for field in fields(cls)}
         if isinstance(tokenizer := options.get("tokenizer"), Path):
             options["tokenizer"] = str(tokenizer)
+        if options.get("max_model_len") == "auto":
+            options["max_model_len"] = -1
+        for name in ("seed", "max_num_seqs"):  # None is vLLM's word for its own default
+            if options.get(name, 0) is None:
+                del options[name]
         return cls(str(model), **checked_names("the engine", options, known, NO_OP))  # type: ignore[arg-type]
 
     def __post_init__(self) -> None:
         for field in ("tokenizer", "revision"):
             check_text(field, getattr(self, field))
         check_choice("load_format", self.load_format, LOAD_FORMATS)
-        check_choice("dtype", self.dtype, ("auto", *DTYPES, *DTYPES.values()))
+        check_choice("dtype", self.dtype, ("auto", *DTYPES, *dict.fromkeys(DTYPES.values())))
         check_integer("seed", self.seed, -(2**63), 2**63 - 1)
         check_number("gpu_memory_utilization", self.gpu_memory_utilization, 0, 1, open_low=True)
         for flag in ("skip_tokenizer_init", "enforce_eager"):

@@ -39,7 +39,7 @@ class SamplingParams:
     Probabilities are those of logits / temperature, cut by min_p, then top_k, then top_p.
     """
 
-    repetition_penalty: float = 1.0  # > 0; above 1, ids that prompt or output already hold become less likely
+    repetition_penalty: float = 1.0  # 1e-6 to 1e4; above 1, ids that prompt or output already hold become less likely
     temperature: float = 1.0  # 0 to 2; 0 is greedy
     top_p: float = 1.0  # (0, 1]: the fewest ids whose probabilities reach it
     top_k: int = 0  # the k likeliest ids; 0 or -1: all
@@ -52,7 +52,7 @@ class SamplingParams:
     skip_special_tokens: bool = True  # leave special tokens out of the text
 
     def __post_init__(self) -> None:
-        check_number("repetition_penalty", self.repetition_penalty, 0, 1e4, open_low=True)
+        check_number("repetition_penalty", self.repetition_penalty, 1e-6, 1e4)
         check_number("temperature", self.temperature, 0, 2)
         check_number("top_p", self.top_p, 0, 1, open_low=True)
         check_integer("top_k", self.top_k, -1, 2**31 - 1)
@@ -77,6 +77,7 @@ class SamplingParams:
             raise InvalidRequest(f"stop_token_ids may hold {MAX_STOP_TOKENS} ids, got {len(ids)}")
         for i, token in enumerate(ids):
             check_integer(f"stop_token_ids[{i}]", token, 0, 2**31 - 1)
+        object.__setattr__(self, "stop_token_ids", tuple(map(int, ids)))  # the caller's list may change
 
     @property
     def sampled_temperature(self) -> float:

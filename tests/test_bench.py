@@ -3,13 +3,13 @@
 import importlib.util
 import json
 import sys
-from collections.abc import Iterator
 from itertools import cycle
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from fake_engines import FakeSGLang, FakeVLLM
 from helpers import save_checkpoint
 
 import nanoinfer.ops
@@ -35,15 +35,6 @@ def load_script(name: str) -> ModuleType:
 bench = load_script("bench")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tiny models gain nothing from a second thread, and lose much where something else keeps its core busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("tiny")
@@ -54,7 +45,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def quick(monkeypatch) -> None:
     """Measure the machine's limits with little work."""
-    monkeypatch.setattr(machine, "READ_BYTES", 2**20)
+    monkeypatch.setitem(machine.READ_BYTES, "cpu", 2**20)
     monkeypatch.setitem(machine.MATMUL_SIZE, "cpu", 64)
 
 
@@ -226,51 +217,6 @@ def test_random_weights_serve_both_engines(tmp_path: Path) -> None:
         engine = ENGINES[name](dummy, {})
         engines.run(engine, random_workload(3, (3, 9), (4, 9), vocab_size=128, temperature=0.6, seed=0))
         engine.close()
-
-
-class FakeVLLM(ModuleType):
-    """What the adapter may use of vllm."""
-
-    __version__ = "9.9"
-
-    def __init__(self) -> None:
-        super().__init__("vllm")
-        self.seen: list = []
-
-    @staticmethod
-    def SamplingParams(*, temperature, max_tokens, ignore_eos, detokenize):  # noqa: N802
-        assert ignore_eos and not detokenize
-        return SimpleNamespace(temperature=temperature, max_tokens=max_tokens)
-
-    def LLM(self, **options):  # noqa: N802
-        self.options = options
-        return SimpleNamespace(generate=self.generate)
-
-    def generate(self, prompts, params, use_tqdm):
-        self.seen = [(prompt["prompt_token_ids"], param.max_tokens, param.temperature)
-                     for prompt, param in zip(prompts, params, strict=True)]  # fmt: skip
-        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=(1,) * param.max_tokens)]) for param in params]
-
-
-class FakeSGLang(ModuleType):
-    """What the adapter may use of sglang."""
-
-    __version__ = "9.9"
-
-    def __init__(self) -> None:
-        super().__init__("sglang")
-        self.seen: list = []
-        self.stopped = False
-
-    def Engine(self, **options):  # noqa: N802
-        self.options = options
-        return SimpleNamespace(generate=self.generate, shutdown=lambda: setattr(self, "stopped", True))
-
-    def generate(self, *, input_ids, sampling_params):
-        assert all(params["ignore_eos"] for params in sampling_params)
-        self.seen = [(ids, params["max_new_tokens"], params["temperature"])
-                     for ids, params in zip(input_ids, sampling_params, strict=True)]  # fmt: skip
-        return [{"output_ids": [1] * params["max_new_tokens"]} for params in sampling_params]
 
 
 @pytest.mark.parametrize("fake", [FakeVLLM, FakeSGLang])

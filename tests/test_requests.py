@@ -14,6 +14,7 @@ from helpers import save_checkpoint
 
 from nanoinfer import LLM, EngineDead, InvalidRequest, LLMEngine, SamplingParams
 from nanoinfer.engine.llm_engine import derived_seed
+from nanoinfer.engine_config import EngineConfig
 
 GOLDEN = [5, 7, 11, 13]
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -170,6 +171,20 @@ def test_engine_options(tmp_path_factory: pytest.TempPathFactory, options: dict[
             weights.unlink()  # whoever gets as far as the weights fails in another way
     with pytest.raises(InvalidRequest, match=message):
         LLM(folder, **{"device": "cpu", "skip_tokenizer_init": True} | options)
+
+
+def test_vllms_ways_to_say_default() -> None:
+    """None, "auto" and a command line's own defaults ask for nothing."""
+    config = EngineConfig.from_options("m", seed=None, max_num_seqs=None, max_model_len="auto", disable_log_stats=False)
+    assert (config.seed, config.max_num_seqs, config.max_model_len) == (0, 256, -1)
+
+
+def test_parameters_keep_their_own_stop_tokens() -> None:
+    """The caller's list may change after it was checked."""
+    ids = [1, 2]
+    params = SamplingParams(stop_token_ids=ids)
+    ids.append("x")
+    assert params.stop_token_ids == (1, 2)
 
 
 def test_stop_token_out_of_vocabulary(llm: LLM) -> None:
@@ -356,6 +371,8 @@ def test_two_engines_do_not_disturb_each_other(llm: LLM, tmp_path_factory: pytes
     other.close()  # twice is fine
     with pytest.raises(EngineDead, match="closed"):
         other.generate(GOLDEN, GREEDY, use_tqdm=False)
+    with pytest.raises(EngineDead, match="closed"):
+        other.generate([], use_tqdm=False)
 
 
 def test_cached_tokens_are_reported_and_salts_keep_apart(llm: LLM) -> None:

@@ -77,6 +77,11 @@ def _measure_point(
         prefills.append(timed(lambda: run(engine, short), device))
         totals.append(timed(lambda: run(engine, long), device))
     prefill, total = median(prefills), median(totals)
+    if total <= prefill:
+        raise SystemExit(
+            f"{sweep.output_len} tokens took {total:.4f} s, and one {prefill:.4f} s: other work disturbs this machine, "
+            "or --output-len and --repeats are too small"
+        )
     step = (total - prefill) / (sweep.output_len - 1)
     peak = peak_memory(device)
     return Latency(

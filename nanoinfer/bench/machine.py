@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-READ_BYTES = 2**30  # beyond any cache
+# Beyond any cache, and long enough that starting and waiting, 20 us on a GPU, do not count.
+READ_BYTES = {"cpu": 2**30, "cuda": 2**33}
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
 
 
@@ -59,13 +60,14 @@ def timed(call: Callable[[], object], device: str) -> float:
 
 
 def measure_limits(device: str, dtype: torch.dtype, repeats: int = 10) -> Limits:
-    """Memory bandwidth by reading 1 GiB, arithmetic by one large matrix product in dtype; the best of some repeats."""
+    """Memory bandwidth by reading READ_BYTES, arithmetic by a large matrix product in dtype; the best of some."""
     return Limits(_read_gb_per_s(device, repeats), _tflop_per_s(device, dtype, repeats))
 
 
 def _read_gb_per_s(device: str, repeats: int) -> float:
-    data = torch.ones(READ_BYTES // 4, device=device)
-    return READ_BYTES / min(timed(data.sum, device) for _ in range(repeats)) / 1e9
+    size = READ_BYTES[device]
+    data = torch.ones(size // 4, device=device)
+    return size / min(timed(data.sum, device) for _ in range(repeats)) / 1e9
 
 
 def _tflop_per_s(device: str, dtype: torch.dtype, repeats: int) -> float:

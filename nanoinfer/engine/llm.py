@@ -39,6 +39,7 @@ class LLM:
         the prompts. Raises InvalidRequest naming the index of a prompt that cannot be served, before anything runs.
         A request that fails while it runs has finish_reason "error" and leaves the others alone.
         """
+        self.llm_engine.check_alive()
         requests = self._check(_as_list(prompts), sampling_params)
         ids: list[str] = []
         try:

@@ -74,11 +74,15 @@ class LLMEngine:
 
     def check(self, prompt: PromptType, params: SamplingParams | None = None) -> Request:
         """The request, validated; nothing is queued. Raises InvalidRequest, EngineDead."""
-        if self.dead:
-            raise EngineDead(self.dead)
+        self.check_alive()
         return make_request(
             prompt, self.default_sampling_params() if params is None else params, self.tokenizer, self.limits
         )
+
+    def check_alive(self) -> None:
+        """Raise EngineDead where the engine is closed or broken."""
+        if self.dead:
+            raise EngineDead(self.dead)
 
     def enqueue(self, request: Request, request_id: str | None = None) -> str:
         """Queue a checked request under an id of its own. Raises InvalidRequest where a live one has that id."""
@@ -140,8 +144,7 @@ class LLMEngine:
         Ctrl-C waits for the step's end. Where a step fails, the requests in it finish with reason "error". Raises
         EngineDead where the device is lost, and from then on.
         """
-        if self.dead:
-            raise EngineDead(self.dead)
+        self.check_alive()
         with deferred_interrupt():
             try:
                 finished = self.loop.step()
