@@ -8,7 +8,8 @@
 // - pick, one block a row, lists the logits that may be the threshold, and finds it among them; then the slice in which
 //   the random number falls; and in that the id.
 //
-// top_k 50 keeps no logit that less than 50 tiles reach: such rows need no bins. Of top_p and min_p no tile knows.
+// top_k 50 keeps no logit that less than 50 tiles reach, and what min_p keeps the largest logit tells: such rows need
+// no bins.
 //
 // Masses are integers: a weight, e^((logit - largest) / temperature) as a float, in units of 2^-42. Their sums depend
 // on no order, so atomics may add them up, and a token is the same every time.
@@ -83,6 +84,8 @@ __device__ inline int table_row(const Sample& p, int64_t i) {
     return row >= 0 && row < p.num_rows - 1 ? row : -1;
 }
 
+constexpr float kLeastWeight = 0x1p-43f;  // what is smaller has no mass
+
 // A row's sampling parameters, made ready.
 struct RowParams {
     bool greedy, filtered, binned;
@@ -90,6 +93,7 @@ struct RowParams {
     float top_p, min_p;
     // log2(e) / temperature as the sum of two floats, both positive: one alone would be wrong by 1e-7 of the exponent.
     float rate, rate_low;
+    float depth;           // logits further below the row's largest need not be looked at; of filtered rows only
     float bins_per_logit;  // a power of two, so that multiplying by it rounds nothing
 };
 
@@ -103,12 +107,15 @@ __device__ inline RowParams row_params(const Sample& p, int row) {
     r.top_p = __int_as_float(state[kTopP]);
     r.min_p = __int_as_float(state[kMinP]);
     r.filtered = !r.greedy && (r.top_k > 0 || r.top_p < 1 || r.min_p > 0);
-    const bool many =
-        r.top_k == 0 || r.top_k > p.vocab / kTile / 2;  // with fewer, tiles tell: few of them reach as far
-    r.binned = r.filtered && many && p.vocab > kListRoom;
+    const bool tiles_tell = r.top_k == 0 ? r.top_p >= 1 : r.top_k <= p.vocab / kTile / 2;
+    r.binned = r.filtered && !tiles_tell && p.vocab > kListRoom;
     // A little less than the quotient, so that what is missing is positive.
     r.rate = kLog2E / temperature * (1 - 0x1p-22f);
     r.rate_low = (fmaf(-r.rate, temperature, kLog2E) + kLog2ELow) / temperature;
+    // Of top_p alone: weights below this hold less than half of what the nucleus may leave, as the largest alone is 1.
+    const float beyond_nucleus = (1 - r.top_p) / (2 * float(p.vocab));
+    const float smallest = r.min_p > 0 ? r.min_p : r.top_k > 0 ? 0 : beyond_nucleus;
+    r.depth = (0.01f - log2f(fmaxf(smallest, kLeastWeight))) / r.rate;
     r.bins_per_logit = __int_as_float(__float_as_int(16 * r.rate) & 0x7f800000);  // largest 2^n <= 16 rate
     return r;
 }

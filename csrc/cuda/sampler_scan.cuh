@@ -43,13 +43,14 @@ __device__ inline void write_bins(const float (&x)[kScanTiles][kLane], const Row
     __syncthreads();  // bins are empty
     const int top = __float_as_int(__fmaf_rd(largest, r.bins_per_logit, kShift));
     const float octaves = r.rate / r.bins_per_logit;  // of a bin
+    const uint32_t depth = min(int(r.depth * r.bins_per_logit) + 2, kRest);
 #pragma unroll
     for (int n = 0; n < kScanTiles * kLane; ++n) {
         const float logit = x[n / kLane][n % kLane], shifted = __fmaf_rd(logit, r.bins_per_logit, kShift);
         const uint32_t below = uint32_t(top) - __float_as_uint(shifted);
         const float from_edge = fmaf(logit, r.bins_per_logit, kShift - shifted) - 1;  // in bins
         const float units = fmaf(exp2_of(from_edge * octaves), kBinUnits, 0x1p23f);
-        if (below < kRest) atomicAdd(bins + below, __float_as_uint(units) - __float_as_uint(0x1p23f));
+        if (below < depth) atomicAdd(bins + below, __float_as_uint(units) - __float_as_uint(0x1p23f));
     }
     __syncthreads();  // bins are full
     for (int bin = threadIdx.x; bin < kBins; bin += kScanThreads) out[bin] = bins[bin];
