@@ -126,9 +126,8 @@ class Scheduler:
         table, rows, ends = self.rows, step.rows[step.samples], step.ends[step.samples]
         seqs = [step.seqs[i] for i in np.flatnonzero(step.samples).tolist()]
         takes = table.unfinished[rows] & (tokens >= 0)
-        for seq, token, take in zip(seqs, tokens.tolist(), takes.tolist(), strict=True):
-            if take:
-                seq.tokens.append(token)
+        for i, token in zip(np.flatnonzero(takes).tolist(), tokens[takes].tolist(), strict=True):
+            seqs[i].tokens.append(token)
         stops = (table.stop_ids[rows] == tokens[:, None]).any(axis=1)
         last = table.unfinished[rows] & (stops | (tokens < 0) | (ends + 1 >= table.max_length[rows]))
         finished = [seqs[i] for i in np.flatnonzero(last).tolist()]

@@ -1,5 +1,6 @@
 """From EngineConfig to parts that fit each other: model, KV pool, tokenizer, limits. Refusals come before loading."""
 
+import gc
 import logging
 import time
 from dataclasses import dataclass, replace
@@ -43,6 +44,10 @@ class Parts:
 
 def start(config: EngineConfig, num_rows: int) -> Parts:
     """Load a model and size its KV pool. num_rows: rows of the table of requests."""
+    # What exists by now, torch's modules above all, stays: the garbage collector need not walk through it again and
+    # again. Its full rounds took 20 to 45 ms each, a tenth of the time of 256 requests on a GPU.
+    gc.collect()
+    gc.freeze()
     path = resolve_model(config.model, config.revision, weights=config.load_format != "dummy")
     model_config = ModelConfig.from_dir(path, MODELS)
     device, dtype = config.resolve_device(), config.resolve_dtype(model_config.dtype)
