@@ -11,6 +11,7 @@
 
 #include "attention_decode_rows.cuh"
 #include "attention_merge.cuh"
+#include "launch.cuh"
 
 namespace nanoinfer::cuda {
 
@@ -19,74 +20,77 @@ __device__ int next_stage(int stage) {
     return stage + 1 == kStages ? 0 : stage + 1;
 }
 
-// What one warp copies: the keys of all its items, in the order in which it will use them.
-template <int D, int kTiles>
+// What one warp copies: the keys of all listed items, in the order in which it will use them.
+template <typename Shape>
 class KeyFeed {
-    using Shape = DecodeShape<D, kTiles>;
+    static constexpr int D = Shape::kDim;
 
   public:
-    __device__ KeyFeed(const PagedAttention& p, uint32_t ring) : p_(p), finder_(p), ring_(ring), index_(blockIdx.y) {}
+    __device__ KeyFeed(const PagedAttention& p, const DecodeItem* items, uint32_t ring)
+        : p_(p), items_(items), ring_(ring) {}
 
-    // Goes to the first of the items from index_ on that has keys for this warp.
-    __device__ void enter_item() {
-        Chunk chunk;
-        int local;
-        turn_ = 0;
-        for (; finder_.find(index_, chunk, local); index_ += gridDim.y) {
-            const DecodeItem item = decode_item<Shape::kRows>(p_, chunk, local);
-            key_ = item.begin + threadIdx.x / 32 * Shape::kKeys;
-            end_ = item.end;
-            row_ = chunk.row;
-            if (key_ < end_) return;
-        }
-        done_ = true;
-    }
-
-    // At the first turn of an item and every 32nd after it, lane i takes the table's entry for the warp's i-th turn
-    // from now, or the last one; nothing waits for it before its use.
-    __device__ void look_up() {
-        if (turn_ == 0 && !done_) {
-            const int position = smaller(key_ + int(threadIdx.x % 32) * kStride, end_ - 1);
-            load_now(entries_, table_entry(p_, row_, position), true);
-        }
+    // Begins with the first of `count` items.
+    __device__ void start(int count) {
+        left_ = count;
+        next_ = items_;
+        enter();
     }
 
     // Starts to copy the next 16 keys and values to the next stage. Makes one group of copies even when there are no
     // more keys, so that counting groups counts stages.
     __device__ void push() {
-        if (!done_) {
+        if (key_ < end_) {
             const int entry = __shfl_sync(kWarp, entries_, turn_);
             const char* keys = keys_address<D>(p_, entry, blockIdx.x, key_);
             const uint32_t stage = ring_ + stage_ * Shape::kStageBytes;
             copy_keys<D>(stage, keys);
             copy_keys<D>(stage + Shape::kStageBytes / 2, keys + value_offset<D>(p_));
-            stage_ = next_stage<Shape::kStages>(stage_);
             key_ += kStride;
             turn_ = (turn_ + 1) & 31;
             if (key_ >= end_) {
-                index_ += gridDim.y;
-                enter_item();
+                enter();
+            } else if (turn_ == 0) {
+                look_up();
             }
-            look_up();
         }
+        stage_ = next_stage<Shape::kStages>(stage_);
         commit_copies();
     }
 
   private:
     static constexpr int kStride = Shape::kWarps * Shape::kKeys;
 
+    // Goes to the next item that has keys for this warp; where there is none, no key is left.
+    __device__ void enter() {
+        for (key_ = end_ = 0; key_ >= end_ && left_ > 0; --left_, ++next_) {
+            key_ = next_->begin + threadIdx.x / 32 * Shape::kKeys;
+            end_ = next_->end;
+            row_ = next_->chunk.row;
+        }
+        turn_ = 0;
+        if (key_ < end_) look_up();
+    }
+
+    // Lane i takes the table's entry for the warp's i-th turn from now, or the last one; nothing waits for it before
+    // its use.
+    __device__ void look_up() {
+        const int position = smaller(key_ + int(threadIdx.x % 32) * kStride, end_ - 1);
+        load_now(entries_, table_entry(p_, row_, position), true);
+    }
+
     const PagedAttention& p_;
-    Finder<decode_items<Shape::kRows>> finder_;
+    const DecodeItem* const items_;
     const uint32_t ring_;
-    int index_, stage_ = 0, key_ = 0, end_ = 0, row_ = 0, turn_ = 0, entries_ = 0;
-    bool done_ = false;
+    const DecodeItem* next_;
+    int left_, stage_ = 0, key_, end_, row_, turn_, entries_;
 };
 
 // The block stores an item's finished rows: to `out` where the chunk's keys are one split, else, with their totals, to
 // the chunk's partial results. Four numbers a thread.
-template <typename T, int D, int kTiles>
-__device__ void store_item(const PagedAttention& p, const DecodeItem& item, const BlockSums<D, kTiles>& all) {
-    const int rows = smaller(8 * kTiles, item.chunk.q_len * p.group - item.first_row);
+template <typename T, typename Shape>
+__device__ void store_item(const PagedAttention& p, const DecodeItem& item, const BlockSums<Shape>& all) {
+    constexpr int D = Shape::kDim;
+    const int rows = smaller(Shape::kRows, item.chunk.q_len * p.group - item.first_row);
     for (int i = threadIdx.x; i < rows * (D / 4); i += blockDim.x) {
         const int local = i / (D / 4), column = i % (D / 4) * 4, row = item.first_row + local;
         float4 sum = {};
@@ -109,66 +113,60 @@ __device__ void store_item(const PagedAttention& p, const DecodeItem& item, cons
     }
 }
 
-template <typename T, int D, int kTiles>
-__global__ void __launch_bounds__(DecodeShape<D, kTiles>::kThreads, DecodeShape<D, kTiles>::kBlocks)
+template <typename T, typename Shape>
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     decode_kernel(const __grid_constant__ PagedAttention p) {
-    using Shape = DecodeShape<D, kTiles>;
+    constexpr int D = Shape::kDim;
     extern __shared__ __align__(128) unsigned char shared[];
     const int warp = threadIdx.x / 32;
     const uint32_t ring = shared_address(shared) + warp * Shape::kRingBytes;
-    auto& all = *reinterpret_cast<BlockSums<D, kTiles>*>(shared + Shape::kWarps * Shape::kRingBytes);
+    auto& all = *reinterpret_cast<BlockSums<Shape>*>(shared + Shape::kWarps * Shape::kRingBytes);
 
-    let_next_start();
-    KeyFeed<D, kTiles> feed(p, ring);
-    Finder<decode_items<Shape::kRows>> finder(p);
-    feed.enter_item();
-    feed.look_up();
-    for (int i = 0; i < Shape::kStages; ++i) feed.push();
-    int index = blockIdx.y, local, stage = 0;
-    Chunk chunk;
-    if (!finder.find(index, chunk, local)) return;
-    DecodeItem next = decode_item<Shape::kRows>(p, chunk, local);
-    DecodeRows<T, D, kTiles> rows;
-    rows.load_queries(p, next);
-    for (bool more = true; more;) {
-        const DecodeItem item = next;
-        rows.clear(p, item);
-        // Up to here every row sees every key, unless a window hides the first ones.
-        const int clear = p.window > 0 ? 0 : item.chunk.position(item.first_token) + 1;
-        for (int key = item.begin + warp * Shape::kKeys; key < item.end; key += Shape::kWarps * Shape::kKeys) {
-            const uint32_t keys = ring + stage * Shape::kStageBytes, values = keys + Shape::kStageBytes / 2;
-            const bool cut = key + Shape::kKeys > clear;
-            wait_copies<Shape::kStages - 1>();
-            if (cut) zero_outside<D>(values, key, item.low, item.end);
-            __syncwarp();  // the other lanes' copies to this stage have arrived as well
-            rows.multiply_keys(keys);
-            if (cut) rows.hide(key, p.window);
-            rows.weigh(p.scale_log2);
-            rows.add_values(values);
-            __syncwarp();  // all lanes have read the stage that the feed fills next
-            feed.push();
-            stage = next_stage<Shape::kStages>(stage);
+    wait_for_earlier_kernels();
+    let_next_kernel_start();  // not earlier: the merge kernel reads lengths without waiting
+    KeyFeed<Shape> feed(p, all.list.items, ring);
+    DecodeRows<T, D, Shape::kRowTiles> rows;
+    const float slack = kSlack / p.scale_log2;
+    int stage = 0, count = kListed;
+    for (int first = blockIdx.y; count == kListed; first += kListed * gridDim.y) {
+        count = list_items<Shape::kRows>(p, first, all.list);
+        if (count == 0) return;
+        feed.start(count);
+        for (int i = 0; i < Shape::kStages; ++i) feed.push();
+        for (int i = 0; i < count; ++i) {
+            const DecodeItem& item = all.list.items[i];
+            rows.load_queries(p, item);
+            rows.clear(p, item);
+            // Up to here every row sees every key, unless a window hides the first ones.
+            const int clear = p.window > 0 ? 0 : item.chunk.position(item.first_token) + 1, end = item.end;
+            for (int key = item.begin + warp * Shape::kKeys; key < end; key += Shape::kWarps * Shape::kKeys) {
+                const uint32_t keys = ring + stage * Shape::kStageBytes, values = keys + Shape::kStageBytes / 2;
+                const bool cut = key + Shape::kKeys > clear;
+                wait_copies<Shape::kStages - 1>();
+                if (cut) zero_outside<D>(values, key, item.low, end);
+                __syncwarp();  // the other lanes' copies to this stage have arrived as well
+                rows.multiply_keys(keys);
+                if (cut) rows.hide(key, p.window);
+                rows.weigh(p.scale_log2, slack);
+                rows.add_values(values);
+                __syncwarp();  // all lanes have read the stage that the feed fills next
+                feed.push();
+                stage = next_stage<Shape::kStages>(stage);
+            }
+            add_up(p, rows, all);
+            store_item<T>(p, item, all);
         }
-        // The next item's queries are on their way while this one ends.
-        index += gridDim.y;
-        more = finder.find(index, chunk, local);
-        if (more) {
-            next = decode_item<Shape::kRows>(p, chunk, local);
-            rows.load_queries(p, next);
-        }
-        add_up(p, rows, all);
-        store_item<T>(p, item, all);
     }
 }
 
-template <typename T, int D, int kTiles>
+template <typename T, typename Shape>
 cudaError_t launch_decode(const PagedAttention& p, cudaStream_t stream) {
-    using Shape = DecodeShape<D, kTiles>;
+    const auto kernel = decode_kernel<T, Shape>;
     int device, processors;
     if (const cudaError_t error = cudaGetDevice(&device)) return error;
-    if (const cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device))
+    if (const cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) {
         return error;
-    const auto kernel = decode_kernel<T, D, kTiles>;
+    }
     if (const cudaError_t error = cudaFuncSetAttribute(
             reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSharedBytes)) {
         return error;
@@ -177,8 +175,7 @@ cudaError_t launch_decode(const PagedAttention& p, cudaStream_t stream) {
     const int64_t items = (int64_t(p.chunks) * p.max_parts + p.tokens) * ceil_div(p.group, Shape::kRows);
     const int64_t slots = larger(processors * Shape::kBlocks / p.kv_heads, 1);
     const dim3 blocks(p.kv_heads, unsigned(items < slots ? items : slots));
-    decode_kernel<T, D, kTiles><<<blocks, Shape::kThreads, Shape::kSharedBytes, stream>>>(p);
-    return cudaGetLastError();
+    return launch_kernel(kernel, blocks, Shape::kThreads, Shape::kSharedBytes, stream, p);
 }
 
 // Chunks of 1 to p.decode_tokens tokens are attended to.
@@ -187,10 +184,11 @@ cudaError_t attend_short(const PagedAttention& p, cudaStream_t stream) {
     // Groups of more than 8 heads take 16 rows an item, except where their sums would not fit in registers or the head
     // dim is too rare to be worth a second kernel: there, two items read the same keys, the second one from L2.
     constexpr int kMostTiles = D > 128 || D == 96 ? 1 : 2;
-    const auto launch = p.group <= 8 ? launch_decode<T, D, 1> : launch_decode<T, D, kMostTiles>;
+    const auto launch =
+        p.group <= 8 ? launch_decode<T, DecodeShape<D, 1>> : launch_decode<T, DecodeShape<D, kMostTiles>>;
     if (const cudaError_t error = launch(p, stream)) return error;
     if (p.max_parts == 1) return cudaSuccess;
-    return launch_early(merge_kernel<T, D>, dim3(p.q_heads, p.chunks), 32, 0, stream, p);
+    return launch_kernel(merge_kernel<T, D>, dim3(p.q_heads, p.chunks), MergeShape<D>::kThreads, 0, stream, p);
 }
 
 }  // namespace nanoinfer::cuda

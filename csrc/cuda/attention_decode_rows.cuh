@@ -6,26 +6,6 @@
 
 namespace nanoinfer::cuda {
 
-template <int D, int kTiles>
-struct DecodeShape {
-    static constexpr int kRows = 8 * kTiles;  // of an item
-    static constexpr int kKeys = 16;  // of a stage: the long side of a matrix instruction, within a block of the cache
-    static constexpr int kStageBytes = 2 * kKeys * D * 2;
-    // About 32 KiB have to be on their way to each multiprocessor for full bandwidth at a latency of 1 us; rings of 48
-    // to 64 KiB a block give that with one block, and still fit the small GPUs' 99 KiB.
-    static constexpr int kWarps = D > 128 ? 2 : 4, kThreads = 32 * kWarps;
-    static constexpr int kStages = D <= 64 ? 3 : 2;
-    static constexpr int kRingBytes = kStages * kStageBytes;
-    // Behind the rings: half the warps' sums, in rows 4 numbers longer than D so that writing a column takes all banks;
-    // each warp's largest score and sum of weights for each row; and the block's.
-    static constexpr int kPitch = D + 4, kSums = kWarps / 2 * kRows * kPitch;
-    static constexpr int kSharedBytes = kWarps * kRingBytes + kSums * 4 + (kWarps + 1) * kRows * 8;
-    // Of the 227 KiB of a Hopper multiprocessor, of which each block costs one more. 4 blocks leave 128 registers a
-    // thread, 3 leave 168.
-    static constexpr int kFitting = 227 * 1024 / (kSharedBytes + 1024), kMost = D <= 64 ? 4 : 3;
-    static constexpr int kBlocks = kFitting < kMost ? kFitting : kMost;
-};
-
 // Items of a chunk for one KV head: splits times tiles of rows (those of one split side by side: they read the same
 // keys, from L2).
 template <int kRows>
@@ -58,6 +38,67 @@ __device__ DecodeItem decode_item(const PagedAttention& p, const Chunk& chunk, i
             .begin = begin,
             .end = smaller(begin + splits.length, seen)};
 }
+
+// Up to 32 items of a block, in shared memory.
+constexpr int kListed = 32;
+struct ItemList {
+    DecodeItem items[kListed];
+    int totals[32];  // items of 32 chunks each, a warp's
+};
+
+// Lists the block's items first, first + gridDim.y, ... in the order of all items of a KV head: those of chunk 0, then
+// those of chunk 1, and so on. Returns how many of the kListed there are. Each thread looks at one chunk at a time, and
+// lane i of the warp that has it, among its 32 chunks, finds item i.
+template <int kRows>
+__device__ int list_items(const PagedAttention& p, int first, ItemList& list) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, index = first + lane * gridDim.y;
+    int seen = 0;  // items of the chunks that the block has looked at
+    for (int base = 0; base < p.chunks && seen <= first + (kListed - 1) * int(gridDim.y); base += blockDim.x) {
+        LoadedChunk loaded;
+        load_chunk(p, base + threadIdx.x, loaded);
+        const Chunk own = loaded.check(p, base + threadIdx.x);
+        const int count = decode_items<kRows>(p, own);
+        int upto = count;  // items of the warp's chunks up to this lane's
+        for (int step = 1; step < 32; step *= 2) {
+            const int other = __shfl_up_sync(kWarp, upto, step);
+            if (lane >= step) upto += other;
+        }
+        if (lane == 31) list.totals[warp] = upto;
+        __syncthreads();  // every warp's total is there
+        int local = index - seen;
+        for (int w = 0; w < int(blockDim.x) / 32; ++w) {
+            if (w < warp) local -= list.totals[w];
+            seen += list.totals[w];
+        }
+        int at = 0;  // the lane with the chunk that has item `local` of the warp's
+        for (int step = 16; step > 0; step /= 2) {
+            if (__shfl_sync(kWarp, upto, at + step - 1) <= local) at += step;
+        }
+        const Chunk chunk = own.of_lane(at);
+        const int before = __shfl_sync(kWarp, upto - count, at);
+        if (local >= 0 && local < list.totals[warp]) list.items[lane] = decode_item<kRows>(p, chunk, local - before);
+        __syncthreads();  // the items are there, and the totals have been read
+    }
+    return clamp(ceil_div(seen - first, gridDim.y), 0, kListed);
+}
+
+template <int D, int kTiles>
+struct DecodeShape {
+    static constexpr int kDim = D, kRowTiles = kTiles, kRows = 8 * kTiles;  // of an item
+    static constexpr int kKeys = 16;  // of a stage: the long side of a matrix instruction, within a block of the cache
+    static constexpr int kStageBytes = 2 * kKeys * D * 2, kStages = 2, kRingBytes = kStages * kStageBytes;
+    // Rings of 64 KiB a block, which fit the small GPUs' 99. A multiprocessor has to have 32 KiB on their way to it for
+    // full bandwidth at a latency of 1 us, but latencies grow with the load.
+    static constexpr int kWarps = D <= 64 ? 8 : D <= 128 ? 4 : 2, kThreads = 32 * kWarps;
+    // Behind the rings: half the warps' sums, in rows 4 numbers longer than D so that writing a column takes all banks;
+    // each warp's largest score and sum of weights for each row; the block's; its list of items.
+    static constexpr int kPitch = D + 4, kSums = kWarps / 2 * kRows * kPitch;
+    static constexpr int kSharedBytes = kWarps * kRingBytes + kSums * 4 + (kWarps + 1) * kRows * 8 + sizeof(ItemList);
+    // On a Hopper multiprocessor, which has 228 KiB, of which each block costs one more; 16 warps leave each thread 128
+    // registers, 12 leave it 168.
+    static constexpr int kFitting = 228 * 1024 / (kSharedBytes + 1024), kMost = D <= 64 ? 2 : 3;
+    static constexpr int kBlocks = kFitting < kMost ? kFitting : kMost;
+};
 
 // One warp's view of an item, all of it in registers: kTiles times 8 rows against 16 keys at a time, as columns of
 // transposed products. Lane l holds the keys l / 4 and l / 4 + 8 (or value numbers, of every 16) of the rows
@@ -138,8 +179,7 @@ struct DecodeRows {
     }
 
     // scores -> weights; where a row's largest score has grown by more than the slack, what was summed up is rescaled.
-    __device__ void weigh(float scale_log2) {
-        const float slack = kSlack / scale_log2;
+    __device__ void weigh(float scale_log2, float slack) {
         float highest[kTiles][2];
         bool grown = false;
 #pragma unroll
@@ -206,17 +246,17 @@ struct DecodeRows {
 };
 
 // Where the warps of a block add up their shares of an item, in shared memory.
-template <int D, int kTiles>
+template <typename Shape>
 struct BlockSums {
-    using Shape = DecodeShape<D, kTiles>;
     float sums[Shape::kWarps / 2][Shape::kRows][Shape::kPitch];
     float2 warps[Shape::kWarps][Shape::kRows];  // a warp's largest score of a row, and its sum of weights over that
     float2 block[Shape::kRows];                 // the block's
+    ItemList list;
 };
 
 // What the warp's sums of a lane's two rows (of 8 n) are worth in the block's; the first warp records the block's.
-template <int D, int kTiles>
-__device__ float2 warp_share(BlockSums<D, kTiles>& all, int n, float scale_log2) {
+template <typename Shape>
+__device__ float2 warp_share(BlockSums<Shape>& all, int n, float scale_log2) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float share[2];
 #pragma unroll
@@ -239,9 +279,9 @@ __device__ float2 warp_share(BlockSums<D, kTiles>& all, int n, float scale_log2)
 // them, and the two sums meet when they are read. Needs no barrier at its end: what is read behind it, `sums` and
 // `block`, is written anew only behind the first barrier of the next call, and `warps`, read before the second one,
 // before that.
-template <typename T, int D, int kTiles>
-__device__ void add_up(const PagedAttention& p, const DecodeRows<T, D, kTiles>& rows, BlockSums<D, kTiles>& all) {
-    constexpr int kHalf = DecodeShape<D, kTiles>::kWarps / 2;
+template <typename Shape, typename Rows>
+__device__ void add_up(const PagedAttention& p, const Rows& rows, BlockSums<Shape>& all) {
+    constexpr int D = Shape::kDim, kTiles = Shape::kRowTiles, kHalf = Shape::kWarps / 2;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {

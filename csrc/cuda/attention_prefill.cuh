@@ -34,7 +34,9 @@ __device__ int prefill_items(const PagedAttention& p, const Chunk& chunk) {
 struct PrefillItem {
     Chunk chunk;
     int head;         // KV head
-    int first_row;    // of this tile, among the chunk's q_len * group rows
+    int first_row;    // of this tile, among the chunk's q_len * group rows, token by token
+    int rows;         // of this tile; there may be room for more
+    int first_token;  // the one of its first row
     int first, last;  // positions of its first and last token
     int low, end;     // its rows see keys in [low, end) only
 };
@@ -44,34 +46,46 @@ __device__ PrefillItem prefill_item(const PagedAttention& p, const Chunk& chunk,
     const int group = p.group, num_rows = chunk.q_len * group, tiles = ceil_div(num_rows, kRows);
     // The last tile has the most keys and comes first, so that the longest blocks do not start last.
     const int first_row = (tiles - 1 - local / p.kv_heads) * kRows;
-    const int first = chunk.position(chunk.token(first_row, group));
+    const int first_token = first_row / group, first = chunk.position(first_token);
     const int last = chunk.position(chunk.token(first_row + kRows - 1, group));
     return {.chunk = chunk,
             .head = local % p.kv_heads,
             .first_row = first_row,
+            .rows = smaller(kRows, num_rows - first_row),
+            .first_token = first_token,
             .first = first,
             .last = last,
             .low = Chunk::first_key(p, first),
             .end = last + 1};
 }
 
-// Pointer to row `row` of an item in q or out, which have their tokens `stride` numbers apart.
-template <typename T, int D>
-__device__ T* row_address(const PagedAttention& p, const PrefillItem& item, void* base, int64_t stride, int row) {
-    const int group = p.group, token = item.chunk.token(row, group);
-    return static_cast<T*>(base) + (item.chunk.begin + token) * stride + (item.head * group + row % group) * D;
+// The token of the chunk, and its query head of the KV head, of the item's row `row`; past the last row, the last's.
+struct ItemRow {
+    int token, head;
+};
+__device__ inline ItemRow item_row(const PagedAttention& p, const PrefillItem& item, int row) {
+    const int heads = item.first_row - item.first_token * p.group + smaller(row, item.rows - 1);
+    // With some 100 rows and heads a float's quotient is precise enough, and takes a tenth of an integer's time.
+    const int tokens = int(__fdividef(heads + 0.5f, float(p.group)));
+    return {item.first_token + tokens, heads - tokens * p.group};
 }
 
-// The block starts to copy its queries; rows past the chunk's last are copies of that.
+// Pointer to the item's row `row` in q or out, which have their tokens `stride` numbers apart.
 template <typename T, int D>
-__device__ void copy_queries(const PagedAttention& p, const PrefillItem& item, uint32_t queries) {
-    using Shape = PrefillShape<D>;
+__device__ T* row_address(const PagedAttention& p, const PrefillItem& item, void* base, int64_t stride, int row) {
+    const auto [token, head] = item_row(p, item, row);
+    return static_cast<T*>(base) + (item.chunk.begin + token) * stride + (item.head * p.group + head) * D;
+}
+
+// Thread `thread` of `threads` starts to copy its share of the queries of `count` of the item's rows.
+template <typename T, int D>
+__device__ void copy_queries(const PagedAttention& p, const PrefillItem& item, int count, int thread, int threads,
+                             uint32_t queries) {
     constexpr int kPieces = D / 8;
-    const int num_rows = item.chunk.q_len * p.group;
-    for (int i = threadIdx.x; i < Shape::kRows * kPieces; i += Shape::kThreads) {
-        const int row = item.first_row + i / kPieces, piece = i % kPieces;
-        const T* from = row_address<T, D>(p, item, const_cast<void*>(p.q), p.q_stride, smaller(row, num_rows - 1));
-        copy_async<0>(queries + Tile<D>::offset(i / kPieces, piece), from + 8 * piece);
+    for (int i = thread; i < count * kPieces; i += threads) {
+        const int row = i / kPieces, piece = i % kPieces;
+        const T* from = row_address<T, D>(p, item, const_cast<void*>(p.q), p.q_stride, row);
+        copy_async<0>(queries + Tile<D>::offset(row, piece), from + 8 * piece);
     }
 }
 
@@ -169,15 +183,15 @@ struct PrefillQueries {
     }
 };
 
-// The warp's rows, normalised, go through shared memory (where its queries were, which only it read) so that they are
-// stored to global memory 16 bytes a lane.
-template <typename T, int D, typename Rows>
-__device__ void store_rows(const PagedAttention& p, const PrefillItem& item, const Rows& rows, unsigned char* tile) {
-    using Shape = PrefillShape<D>;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+// The warp's rows, from the item's row `own` on, normalised, go through shared memory (where its queries were,
+// which only it read) so that they are stored to global memory 16 bytes a lane.
+template <typename T, int D, int kRowTiles, typename Rows>
+__device__ void store_rows(const PagedAttention& p, const PrefillItem& item, const Rows& rows, int own,
+                           unsigned char* tile) {
+    const int lane = threadIdx.x % 32;
     __syncwarp();  // all lanes have read the queries
 #pragma unroll
-    for (int m = 0; m < Shape::kRowTiles; ++m) {
+    for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const float total = rows.sums[m][2 * h], norm = total == 0 ? 0.f : 1 / total;
@@ -191,10 +205,9 @@ __device__ void store_rows(const PagedAttention& p, const PrefillItem& item, con
     }
     __syncwarp();  // all rows are there
     constexpr int kPieces = D / 8;
-    const int first_row = item.first_row + warp * Shape::kRowTiles * 16, num_rows = item.chunk.q_len * p.group;
-    for (int i = lane; i < Shape::kRowTiles * 16 * kPieces; i += 32) {
-        const int row = first_row + i / kPieces, piece = i % kPieces;
-        if (row >= num_rows) break;
+    for (int i = lane; i < kRowTiles * 16 * kPieces; i += 32) {
+        const int row = own + i / kPieces, piece = i % kPieces;
+        if (row >= item.rows) break;
         T* to = row_address<T, D>(p, item, p.out, int64_t(p.q_heads) * D, row) + 8 * piece;
         *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(tile + Tile<D>::offset(i / kPieces, piece));
     }
@@ -214,12 +227,13 @@ __global__ void __launch_bounds__(PrefillShape<D>::kThreads, PrefillShape<D>::kB
     unsigned char* own_tile = shared + own_rows * D * 2;
     const uint32_t stages = shared_address(shared) + Shape::kQueryBytes;
     TileFeed<D> feed(p, item, stages);
-    copy_queries<T, D>(p, item, shared_address(shared));
+    copy_queries<T, D>(p, item, Shape::kRows, threadIdx.x, Shape::kThreads, shared_address(shared));
     int key = feed.key();
     feed.push(0);
 
     PrefillQueries<D> queries(shared_address(own_tile));
     QueryRows<T, D, Shape::kRowTiles, Shape::kKeys> rows;
+    const float slack = kSlack / p.scale_log2;
     rows.clear();
     feed.wait(0, key);
     __syncthreads();  // queries and the first stage are there
@@ -234,17 +248,24 @@ __global__ void __launch_bounds__(PrefillShape<D>::kThreads, PrefillShape<D>::kB
             int positions[Shape::kRowTiles][2];
 #pragma unroll
             for (int i = 0; i < 2 * Shape::kRowTiles; ++i) {
-                const int row = item.first_row + own_rows + threadIdx.x % 32 / 4 + 8 * i;
-                positions[i / 2][i % 2] = chunk.position(chunk.token(row, p.group));
+                const int row = own_rows + threadIdx.x % 32 / 4 + 8 * i;
+                positions[i / 2][i % 2] = chunk.position(item_row(p, item, row).token);
             }
             rows.hide(positions, key, p.window);
         }
-        rows.weigh(p.scale_log2);
+        rows.weigh(p.scale_log2, slack);
         rows.add_values(keys + Shape::kTileBytes);
         feed.wait(stage ^ 1, key + Shape::kKeys);
         __syncthreads();  // the next stage is there, and all warps have read this one, which is copied to next
     }
-    store_rows<T, D>(p, item, rows, own_tile);
+    store_rows<T, D, Shape::kRowTiles>(p, item, rows, own_rows, own_tile);
+}
+
+// The most tiles of `rows` rows that the long chunks of a step can have. Each of them has at most one that is not full,
+// and there are at most so many of them.
+inline int64_t prefill_tiles(const PagedAttention& p, int rows) {
+    const int64_t chunks = p.tokens / (p.decode_tokens + 1);
+    return int64_t(p.tokens) * p.group / rows + (chunks < p.chunks ? chunks : p.chunks);
 }
 
 template <typename T, int D>
@@ -255,9 +276,7 @@ cudaError_t attend_long(const PagedAttention& p, cudaStream_t stream) {
             reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSharedBytes)) {
         return error;
     }
-    // Each long chunk has at most one tile that is not full, and there are at most so many long chunks.
-    const int64_t rows = int64_t(p.tokens) * p.group, chunks = p.tokens / (p.decode_tokens + 1);
-    const int64_t tiles = rows / Shape::kRows + (chunks < p.chunks ? chunks : p.chunks);
+    const int64_t tiles = prefill_tiles(p, Shape::kRows);
     if (tiles == 0) return cudaSuccess;
     prefill_kernel<T, D><<<unsigned(tiles * p.kv_heads), Shape::kThreads, Shape::kSharedBytes, stream>>>(p);
     return cudaGetLastError();

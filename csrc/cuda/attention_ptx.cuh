@@ -105,37 +105,4 @@ __device__ inline void load_now(int& value, const void* from, bool wanted) {
                  : "l"(from), "r"(int(wanted)));
 }
 
-// Programmatic dependent launch: a kernel may start while the one before it in the stream still runs, once all blocks
-// of that have called let_next_start(), and sees its results only after its own call of wait_for_previous().
-__device__ inline void let_next_start() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-__device__ inline void wait_for_previous() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-// Launches a kernel all of whose threads call wait_for_previous().
-template <typename Params>
-cudaError_t launch_early(void (*kernel)(Params), dim3 grid, int threads, size_t shared_bytes, cudaStream_t stream,
-                         const Params& params) {
-    cudaFuncAttributes compiled;
-    if (const cudaError_t error = cudaFuncGetAttributes(&compiled, kernel)) return error;
-    cudaLaunchAttribute early = {};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = grid;
-    config.blockDim = dim3(threads);
-    config.dynamicSmemBytes = shared_bytes;
-    config.stream = stream;
-    config.attrs = &early;
-    // Code made for older GPUs, even if translated for a newer one, does not wait.
-    config.numAttrs = compiled.ptxVersion >= 90 ? 1 : 0;
-    return cudaLaunchKernelEx(&config, kernel, params);
-}
-
 }  // namespace nanoinfer::cuda

@@ -193,8 +193,7 @@ struct QueryRows {
     }
 
     // scores -> weights; where a row's largest score has grown by more than the slack, what was summed up is rescaled.
-    __device__ void weigh(float scale_log2) {
-        const float slack = kSlack / scale_log2;
+    __device__ void weigh(float scale_log2, float slack) {
         float highest[kRowTiles][2];
         bool grown = false;
 #pragma unroll
