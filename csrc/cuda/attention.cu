@@ -14,6 +14,7 @@
 #include "../check.h"
 #include "attention_decode.cuh"
 #include "attention_float.cuh"
+#include "attention_hopper.cuh"
 #include "attention_prefill.cuh"
 
 // Only torch's CUDA libraries have it: weak, so that one file loads beside a CPU build of torch as well.
@@ -114,7 +115,13 @@ PagedAttention make_params(const Tensor& q, const Tensor& kv, const Tensor& q_st
 
 template <typename T, int D>
 cudaError_t attend_half(const PagedAttention& p, cudaStream_t stream) {
-    if (p.tokens > p.decode_tokens) {
+    bool done = p.tokens <= p.decode_tokens;  // with the long chunks
+    if constexpr (D == 64 || D == 128) {
+        if (!done) {
+            if (const cudaError_t error = attend_long_hopper<T, D>(p, stream, done)) return error;
+        }
+    }
+    if (!done) {
         if (const cudaError_t error = attend_long<T, D>(p, stream)) return error;
     }
     return attend_short<T, D>(p, stream);

@@ -1,0 +1,297 @@
+#pragma once
+// Attention of long chunks on Hopper (sm_90a): its asynchronous matrix products (wgmma) and bulk tensor copies
+// (FlashAttention-3, Shah et al., 2024). Items are those of attention_prefill.cuh.
+//
+// There is a block on each multiprocessor, of three warpgroups of 128 threads, which takes items in turn. One warp of
+// the first copies tiles of keys and of values to a ring of slots in shared memory, the others find the items and copy
+// their queries, an item ahead; the other warpgroups each take 64 of an item's rows. While the tensor cores add
+// up one tile's values, and multiply the next one's keys, a warpgroup weighs scores, or the other one does. Tiles go
+// through the ring in the order in which they are used: keys 0, keys 1, values 0, keys 2, values 1, ..., the last
+// values.
+
+#include "attention_hopper_rows.cuh"
+
+namespace nanoinfer::cuda {
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+struct HopperItem {
+    PrefillItem item;
+    int first, tiles;  // its first tile's first key; none where no row sees a key
+    bool done;         // no item: there are no more
+};
+
+// What a block has in shared memory beside tiles and queries.
+template <typename Shape>
+struct HopperShared {
+    uint64_t full[Shape::kSlots], empty[Shape::kSlots];  // barriers of the ring
+    uint64_t queries_full[2], queries_empty[2];
+    HopperItem items[2];  // with the queries
+
+    __device__ void init() {
+        for (int i = 0; i < Shape::kSlots; ++i) {
+            init_barrier(shared_address(&full[i]), 1);                    // the copying warp's arrival, and bytes
+            init_barrier(shared_address(&empty[i]), 4 * Shape::kGroups);  // the other warpgroups' warps
+        }
+        for (int i = 0; i < 2; ++i) {
+            init_barrier(shared_address(&queries_full[i]), Shape::kQueryThreads);
+            init_barrier(shared_address(&queries_empty[i]), 4 * Shape::kGroups);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+};
+
+// A place in a ring of n and which time round it is.
+template <int n>
+struct Turn {
+    int index = 0, parity = 0;
+
+    __device__ void advance() {
+        if (++index == n) index = 0, parity ^= 1;
+    }
+};
+
+// The items of a block, for one warp: every second time round the blocks take items in reverse, so that none of them
+// always gets the longest.
+template <typename Shape>
+class HopperWalk {
+  public:
+    __device__ explicit HopperWalk(const PagedAttention& p) : p_(p), finder_(p) {}
+
+    __device__ HopperItem next() {
+        const int index = round_ * gridDim.x + (round_ % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+        ++round_;
+        Chunk chunk;
+        int local;
+        if (!finder_.find(index, chunk, local)) return {.done = true};
+        const PrefillItem item = prefill_item<Shape::kRows>(p_, chunk, local);
+        const int first = item.low / Shape::kKeys * Shape::kKeys;
+        return {item, first, ceil_div(larger(item.end - first, 0), Shape::kKeys), false};
+    }
+
+  private:
+    const PagedAttention& p_;
+    Finder<prefill_items<Shape::kRows>> finder_;
+    int round_ = 0;
+};
+
+// Three warps: find the items, and copy their queries to two places in turn.
+template <typename T, int D>
+__device__ void copy_all_queries(const PagedAttention& p, HopperShared<HopperShape<D>>& all, uint32_t queries) {
+    using Shape = HopperShape<D>;
+    const int thread = threadIdx.x - 32;
+    HopperWalk<Shape> walk(p);
+    Turn<2> turn;
+    for (bool more = true; more; turn.advance()) {
+        const HopperItem next = walk.next();
+        wait_barrier(shared_address(&all.queries_empty[turn.index]), turn.parity ^ 1);
+        if (thread == 0) all.items[turn.index] = next;
+        more = !next.done;
+        const uint32_t tile = queries + turn.index * Shape::kQueryBytes;
+        if (more) copy_queries<T, D>(p, next.item, Shape::kRows, thread, Shape::kQueryThreads, tile);
+        commit_copies();
+        wait_copies<0>();
+        arrive(shared_address(&all.queries_full[turn.index]));
+    }
+}
+
+// One warp: copies all items' tiles. Lane l copies panel l / 8 of the 16 keys l % 8 of a tile.
+template <int D>
+__device__ void copy_all_tiles(const PagedAttention& p, const CUtensorMap& map, HopperShared<HopperShape<D>>& all,
+                               uint32_t slots) {
+    using Shape = HopperShape<D>;
+    const int lane = threadIdx.x % 32, group = lane % 8, panel = lane / 8, values = p.kv_heads << p.block_bits;
+    HopperWalk<Shape> walk(p);
+    Turn<Shape::kSlots> slot;
+    const auto copy = [&](int row) {
+        wait_barrier(shared_address(&all.empty[slot.index]), slot.parity ^ 1);
+        const uint32_t full = shared_address(&all.full[slot.index]);
+        if (lane == 0) arrive_expecting(full, Shape::kTileBytes);
+        __syncwarp();  // the barrier expects bytes before the first arrive
+        const uint32_t to = slots + slot.index * Shape::kTileBytes + panel * Shape::kPanelBytes + group * 16 * 128;
+        if (panel < Shape::kPanels) copy_box(to, map, panel * 64, row, full);
+        slot.advance();
+    };
+    for (HopperItem next = walk.next(); !next.done; next = walk.next()) {
+        int row = 0;
+        for (int tile = 0; tile < next.tiles; ++tile) {
+            // Behind the end come the last keys again, to be hidden.
+            const int key = smaller(next.first + tile * Shape::kKeys + group * 16, (next.item.end - 1) & ~15);
+            const int previous = row;
+            row = int(key_row(p, *table_entry(p, next.item.chunk.row, key), next.item.head, key));
+            copy(row);
+            if (tile > 0) copy(previous + values);
+        }
+        if (next.tiles > 0) copy(row + values);
+    }
+}
+
+// The ring of tiles as those see it who use them.
+template <typename Shape>
+struct TileRing {
+    HopperShared<Shape>& all;
+    const uint32_t slots;
+    Turn<Shape::kSlots> turn = {};
+
+    // Waits for the next tile.
+    __device__ uint32_t next() const {
+        wait_barrier(shared_address(&all.full[turn.index]), turn.parity);
+        return slots + turn.index * Shape::kTileBytes;
+    }
+    // Goes on to the tile after that; returns its slot.
+    __device__ int advance() {
+        const int slot = turn.index;
+        turn.advance();
+        return slot;
+    }
+    // This warp is through with a slot.
+    __device__ void release(int slot) const {
+        if (threadIdx.x % 32 == 0) arrive(shared_address(&all.empty[slot]));
+    }
+};
+
+// A warpgroup's work on an item: its 64 rows, of which this warp has 16, from the item's row `own` on. `tile` has their
+// queries, and then their results. (Arrays stay in registers only as variables of one function.)
+template <typename T, int D>
+__device__ void attend_rows(const PagedAttention& p, const HopperItem& next, int own, unsigned char* tile,
+                            TileRing<HopperShape<D>>& ring) {
+    constexpr int kKeys = HopperShape<D>::kKeys;
+    const PrefillItem& item = next.item;  // stays in shared memory
+    const float slack = kSlack / p.scale_log2;
+    uint32_t queries[D / 16][4], weights[kKeys / 16][4];
+    load_queries<D>(queries, shared_address(tile));
+    QueryRows<T, D, 1, kKeys> rows;
+    rows.clear();
+    int positions[1][2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        positions[0][i] = item.chunk.position(item_row(p, item, own + threadIdx.x % 32 / 4 + 8 * i).token);
+    }
+    float shrink[2];  // of what was summed up before the last tile
+    const auto weigh = [&](int key) {
+        const bool cut = key + kKeys > item.first + 1 || (p.window > 0 && key <= item.last - p.window);
+        if (cut) rows.hide(positions, key, p.window);
+        return weigh_scores(rows, shrink, p.scale_log2, slack);
+    };
+    const auto add_values = [&](int key) {
+        const uint32_t values = ring.next();
+        if (key < item.low || key + kKeys > item.end) zero_rows<D>(values, key, item.low, item.end);
+        start_values<T, D>(rows, weights, values);
+        return ring.advance();
+    };
+    const auto end_values = [&](int slot) {
+        wait_products<0>();
+        settle(rows.out[0]);
+        ring.release(slot);
+    };
+
+    int key = next.first;
+    const int end = key + next.tiles * kKeys;
+    if (key < end) {
+        start_scores<T, D>(rows, queries, ring.next());
+        wait_products<0>();
+        settle(rows.scores[0]);
+        ring.release(ring.advance());
+        weigh(key);
+        round_weights<T, D>(rows, weights);
+    }
+    for (; key + kKeys < end; key += kKeys) {
+        start_scores<T, D>(rows, queries, ring.next());
+        const int keys_slot = ring.advance(), values_slot = add_values(key);
+        wait_products<1>();  // the scores are there
+        settle(rows.scores[0]);
+        ring.release(keys_slot);
+        const bool grown = weigh(key + kKeys);
+        // Never true, but a branch that waits for the weights: else the compiler makes them behind the next wait.
+        if (__any_sync(kWarp, rows.sums[0][0] + rows.sums[0][2] < 0)) asm volatile("nanosleep.u32 0;");
+        end_values(values_slot);
+        if (grown) shrink_sums(rows, shrink);
+        round_weights<T, D>(rows, weights);
+    }
+    if (key < end) end_values(add_values(key));
+    add_lanes(rows);
+    store_rows<T, D, 1>(p, item, rows, own, tile);
+}
+
+#endif
+
+template <typename T, int D>
+__global__ void __launch_bounds__(HopperShape<D>::kThreads, 1)
+    hopper_kernel(const __grid_constant__ PagedAttention p, const __grid_constant__ CUtensorMap map) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    using Shape = HopperShape<D>;
+    extern __shared__ __align__(128) unsigned char shared[];
+    __shared__ HopperShared<Shape> all;
+    unsigned char* slots = shared + (-shared_address(shared) & 1023);
+    unsigned char* queries = slots + Shape::kSlots * Shape::kTileBytes;
+    if (threadIdx.x == 0) all.init();
+    __syncthreads();  // the barriers are there
+
+    const int warp = threadIdx.x / 32;
+    if (warp < 4) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Shape::kCopyRegisters));
+        if (warp == 0) copy_all_tiles<D>(p, map, all, shared_address(slots));
+        if (warp >= 1) copy_all_queries<T, D>(p, all, shared_address(queries));
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Shape::kMathRegisters));
+        TileRing<Shape> ring = {all, shared_address(slots)};
+        const int own = (warp - 4) * 16;
+        for (Turn<2> turn;; turn.advance()) {
+            wait_barrier(shared_address(&all.queries_full[turn.index]), turn.parity);
+            const HopperItem& next = all.items[turn.index];
+            if (next.done) break;
+            attend_rows<T, D>(p, next, own, queries + turn.index * Shape::kQueryBytes + own * D * 2, ring);
+            __syncwarp();  // all lanes have read the item and their rows
+            if (threadIdx.x % 32 == 0) arrive(shared_address(&all.queries_empty[turn.index]));
+        }
+    }
+#endif
+}
+
+// The cache as rows of D numbers, copied in boxes of 16 rows and 64 columns. False where the driver cannot.
+template <typename T, int D>
+bool describe_cache(const PagedAttention& p, CUtensorMap& map) {
+    using Encode = decltype(&cuTensorMapEncodeTiled);
+    static const Encode encode = [] {
+        void* found = nullptr;
+        cudaDriverEntryPointQueryResult result;
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+        return reinterpret_cast<Encode>(found);
+    }();
+    const cuuint64_t rows = cuuint64_t(p.blocks) * 2 * p.kv_heads << p.block_bits;
+    if (!encode || rows > 0x7fffffff) return false;
+    const auto type = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    const cuuint64_t sizes[] = {D, rows}, strides[] = {D * 2};
+    const cuuint32_t box[] = {64, 16}, steps[] = {1, 1};
+    return encode(&map, type, 2, const_cast<void*>(p.kv), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                  CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+// Launches the kernel where the GPU has it: `launched` says whether.
+template <typename T, int D>
+cudaError_t attend_long_hopper(const PagedAttention& p, cudaStream_t stream, bool& launched) {
+    using Shape = HopperShape<D>;
+    const auto kernel = reinterpret_cast<const void*>(hopper_kernel<T, D>);
+    cudaFuncAttributes compiled;
+    if (const cudaError_t error = cudaFuncGetAttributes(&compiled, kernel)) return error;
+    CUtensorMap map;
+    // Compiled for another GPU the kernel is empty, and has no barriers in shared memory.
+    launched = compiled.sharedSizeBytes > 0 && describe_cache<T, D>(p, map);
+    const int64_t items = prefill_tiles(p, Shape::kRows) * p.kv_heads;
+    if (!launched || items == 0) return cudaSuccess;
+    if (const cudaError_t error =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSharedBytes)) {
+        return error;
+    }
+    int device, processors;
+    if (const cudaError_t error = cudaGetDevice(&device)) return error;
+    if (const cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) {
+        return error;
+    }
+    const unsigned blocks = unsigned(items < processors ? items : processors);
+    hopper_kernel<T, D><<<blocks, Shape::kThreads, Shape::kSharedBytes, stream>>>(p, map);
+    return cudaGetLastError();
+}
+
+}  // namespace nanoinfer::cuda
