@@ -3,11 +3,11 @@
 // heads of a KV head.
 //
 // A row is one query head of one token. An item of work is (chunk, split of its keys, 8 or 16 of its rows); a block
-// keeps to one KV head and takes items in turn. Its warps share an item's rows and take its keys in turns of 16: K and
-// V of 16 keys are a stage in a ring that the warp alone fills and reads, so nothing in the loop over keys waits for
-// another warp. The ring is filled ahead across items: while a block ends one item, the next one's keys are on their
-// way. Keys stand in the long side of the matrix instructions, rows in the short one, of 8: groups of up to 8 heads
-// (6 and 7 in Qwen2) leave little of it unused.
+// keeps to one KV head, lists its items, up to 32 at once, and takes them in turn. Its warps share an item's rows and
+// take its keys in turns of 16: K and V of 16 keys are a stage in a ring that the warp alone fills and reads, so
+// nothing in the loop over keys waits for another warp. The ring is filled ahead across items: while a block ends one
+// item, the next one's keys are on their way. Keys stand in the long side of the matrix instructions, rows in the short
+// one, of 8: groups of up to 8 heads (6 and 7 in Qwen2) leave little of it unused.
 
 #include "attention_decode_rows.cuh"
 #include "attention_merge.cuh"

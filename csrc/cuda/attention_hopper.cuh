@@ -4,10 +4,9 @@
 //
 // There is a block on each multiprocessor, of three warpgroups of 128 threads, which takes items in turn. One warp of
 // the first copies tiles of keys and of values to a ring of slots in shared memory, the others find the items and copy
-// their queries, an item ahead; the other warpgroups each take 64 of an item's rows. While the tensor cores add
-// up one tile's values, and multiply the next one's keys, a warpgroup weighs scores, or the other one does. Tiles go
-// through the ring in the order in which they are used: keys 0, keys 1, values 0, keys 2, values 1, ..., the last
-// values.
+// their queries, an item ahead; the other warpgroups each take 64 of an item's rows. While the tensor cores add up one
+// tile's values, and multiply the next one's keys, a warpgroup weighs scores, or the other one does. Tiles go through
+// the ring in the order in which they are used: keys 0, keys 1, values 0, keys 2, values 1, ..., the last values.
 
 #include "attention_hopper_rows.cuh"
 
