@@ -5,6 +5,7 @@
     python bench.py latency --config qwen2-0.5b --batch 1 8 32 --context 128 1024 --plot latency.png
     python bench.py startup --model ./my-model --engine nanoinfer,hf
     python bench.py ops --shapes qwen2-7b
+    python bench.py profile --config qwen2-0.5b --batch 1 256 --plot step.png   # a decode step, kernel by kernel
 
 Prints the hardware, a table, and as the last line one JSON object with all figures. `--config` needs no download: a
 real model's shape with random weights. Of several engines each runs in a process of its own.
@@ -21,7 +22,7 @@ from functools import partial
 
 import torch
 
-from nanoinfer.bench import latency, ops, plot, report, startup, throughput
+from nanoinfer.bench import latency, ops, plot, plot_profile, profile, report, startup, throughput
 from nanoinfer.bench.compare import Measured, Row, measure_engines
 from nanoinfer.bench.cost import ModelCost
 from nanoinfer.bench.engines import ENGINES
@@ -38,7 +39,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     # Options are replaced by their names where each engine runs in a process of its own, so no name is shortened.
     add_command = partial(commands.add_parser, allow_abbrev=False)
-    machine, engines = _machine_options(), _engine_options()
+    machine, model = _machine_options(), _model_options()
+    engines = _engine_options(model)
     command = add_command("throughput", parents=[machine, engines], help="tokens/s of a mixed workload")
     command.add_argument("--num-requests", type=_positive, default=256)
     command.add_argument(
@@ -60,6 +62,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     command.add_argument("--batch", type=_positive, nargs="+", default=[1, 8], help="of the decode steps")
     command.add_argument("--context", type=_positive, default=1024, help="of decode steps; length of the prefill")
     command.add_argument("--repeats", type=_positive, default=10, help="the median counts")
+    command = add_command("profile", parents=[machine, model], help="a decode step on a GPU, kernel by kernel")
+    command.add_argument("--batch", type=_positive, nargs="+", default=[1, 256])
+    command.add_argument("--context", type=_positive, default=128, help="prompt tokens of each request")
     args = parser.parse_args(argv)
     args.engine = getattr(args, "engine", None) or ["nanoinfer"]
     if args.command == "latency" and args.output_len < 2:
@@ -80,11 +85,16 @@ def _machine_options() -> argparse.ArgumentParser:
     return options
 
 
-def _engine_options() -> argparse.ArgumentParser:
+def _model_options() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False)
     model = options.add_mutually_exclusive_group()
     model.add_argument("--model", help="a folder, or a name on the Hugging Face hub; default: the bundled demo model")
     model.add_argument("--config", choices=SHAPES, help="a Qwen2.5 model's shape with random weights")
+    return options
+
+
+def _engine_options(model: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False, parents=[model])
     options.add_argument("--engine", type=_engines, action="extend", metavar="NAME", help=", ".join(ENGINES))
     passed = options.add_argument_group(
         "engine options", "each engine's own default unless given; hf has only --max-num-seqs, its batch size (64)"
@@ -188,6 +198,18 @@ def run_ops(args: argparse.Namespace, command: Sequence[str]) -> None:
     }))  # fmt: skip
 
 
+def run_profile(args: argparse.Namespace, command: Sequence[str]) -> None:
+    with _target(args) as target:
+        profiles = [profile.measure(target, {}, batch, args.context) for batch in args.batch]
+    title = f"{report.hardware(target.device)}\n{target.name}, {target.dtype}, a decode step"
+    print(title, report.table(profile.table(profiles)), sep="\n\n", end="\n\n")
+    if args.plot:
+        plot_profile.plot_profile(args.plot, title, profiles)
+    results = [{"batch": p.batch, "context": p.context, "step_us": p.step_us, "us": p.costs()} for p in profiles]
+    print(json.dumps({"command": "profile", "hardware": report.hardware(target.device), "model": target.name,
+                      "dtype": target.dtype, "results": results}))  # fmt: skip
+
+
 def _target(args: argparse.Namespace) -> AbstractContextManager[Target]:
     return open_target(args.model, args.config, args.device, args.dtype)
 
@@ -219,7 +241,8 @@ def _print_json(
     }))  # fmt: skip
 
 
-RUN = {"throughput": run_throughput, "latency": run_latency, "startup": run_startup, "ops": run_ops}
+RUN = {"throughput": run_throughput, "latency": run_latency, "startup": run_startup, "ops": run_ops,
+       "profile": run_profile}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,0 +1,130 @@
+"""One decode step on a GPU, kernel by kernel, as torch's profiler sees it.
+
+A kernel may start while the one before still runs, and then wait for it (programmatic dependent launch), so durations
+overlap. What a kernel costs is therefore the time from the end of the one before to its own end; these times and the
+gaps, in which nothing runs, add up to the step.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+import torch
+
+from nanoinfer.bench.engines import Options
+from nanoinfer.bench.target import Target
+
+STEPS = 12
+KINDS = {
+    "linear": r"thin_linear|linear|nvjet|gemm|cutlass|cublas|splitK",
+    "attention": r"decode|prefill|merge|attention",
+    "rotary and store": r"rotary|store_kv",
+    "norm": r"norm",
+    "activation": r"silu",
+    "sampling": r"sample|penalize",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A kernel or copy of the step, in microseconds from the step's begin."""
+
+    name: str
+    start: float
+    end: float
+    cost: float  # from the end of the one before, or its own start where that is later, to its end
+
+    @property
+    def kind(self) -> str:
+        return next((kind for kind, pattern in KINDS.items() if re.search(pattern, self.name, re.I)), "other")
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """A decode step of `batch` requests of about `context` tokens."""
+
+    batch: int
+    context: int
+    step_us: float  # median from one step's begin to the next one's
+    spans: list[Span]
+
+    def costs(self) -> dict[str, float]:
+        """Microseconds by kind, largest first; "idle" is the rest of the step."""
+        found = Counter[str]()
+        for span in self.spans:
+            found[span.kind] += span.cost  # type: ignore[assignment]
+        found["idle"] = max(self.step_us - sum(found.values()), 0.0)  # type: ignore[assignment]
+        return dict(found.most_common())
+
+
+def measure(target: Target, options: Options, batch: int, context: int) -> Profile:
+    """Profile a steady decode step. Raises SystemExit without CUDA."""
+    if target.device != "cuda":
+        raise SystemExit("profile needs a CUDA device: it shows what runs on a GPU")
+    from nanoinfer import LLMEngine, SamplingParams
+
+    engine = LLMEngine(
+        target.folder, device=target.device, dtype=target.dtype, skip_tokenizer_init=True,
+        load_format="dummy" if target.dummy else "auto", max_num_seqs=batch, enable_prefix_caching=False, **options,
+    )  # fmt: skip
+    params = SamplingParams(max_tokens=4 * STEPS, ignore_eos=True, temperature=0.6, detokenize=False)
+    for i in range(batch):
+        engine.add_request([(i + j) % 1000 for j in range(context)], params)
+    while any(not seq.output_tokens for seq in engine.sequences.values()):
+        engine.step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(STEPS):
+            engine.step()
+        torch.cuda.synchronize()
+    engine.close()
+    with TemporaryDirectory() as folder:
+        profiler.export_chrome_trace(f"{folder}/trace.json")
+        events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
+    return from_events(events, batch, context)
+
+
+def from_events(events: Sequence[dict], batch: int, context: int) -> Profile:  # type: ignore[type-arg]
+    """The step of median length among those in a trace. A step begins with its message, copied to the device."""
+    kinds = ("kernel", "gpu_memcpy", "gpu_memset")
+    shown = sorted((event for event in events if event.get("cat") in kinds), key=lambda event: event["ts"])
+    begins = [i for i, event in enumerate(shown) if "HtoD" in event["name"]]
+    if len(begins) < 3:
+        raise SystemExit(f"the trace shows {len(begins)} steps, expected {STEPS}: is another profiler attached?")
+    lengths = [shown[b]["ts"] - shown[a]["ts"] for a, b in pairwise(begins)]
+    typical = median(lengths)
+    chosen = min(range(len(lengths)), key=lambda i: abs(lengths[i] - typical))
+    return Profile(batch, context, typical, _spans(shown[begins[chosen] : begins[chosen + 1]]))
+
+
+def _spans(events: Sequence[dict]) -> list[Span]:  # type: ignore[type-arg]
+    spans, origin, last_end = list[Span](), events[0]["ts"], 0.0
+    for event in events:
+        start = event["ts"] - origin
+        end = start + event["dur"]
+        spans.append(Span(short_name(event["name"]), start, end, max(0.0, end - max(last_end, start))))
+        last_end = max(last_end, end)
+    return spans
+
+
+def short_name(name: str) -> str:
+    """The function's own name, without namespaces, template and "_kernel"."""
+    plain = re.sub(r"\(anonymous namespace\)::", "", name)
+    found = re.match(r"(?:void )?([\w:]+)", plain)
+    return (found.group(1).split("::")[-1] if found else plain).removesuffix("_kernel")
+
+
+def table(profiles: Sequence[Profile]) -> list[list[str]]:
+    """A line for each batch: microseconds by kind."""
+    names = list(dict.fromkeys(name for profile in profiles for name in profile.costs()))
+    lines = [["batch", "context", "step us", *names]]
+    for profile in profiles:
+        costs = profile.costs()
+        values = [f"{costs.get(name, 0.0):.0f}" for name in names]
+        lines.append([str(profile.batch), str(profile.context), f"{profile.step_us:.0f}", *values])
+    return lines
