@@ -19,6 +19,9 @@ class Tokenizer(Protocol):
     size: int  # ids from this on belong to no token
     longest_token: int  # characters
 
+    @property
+    def backend(self) -> JsonTokenizer | None: ...  # decodes the very same; None where there is no such object
+
     def encode(self, text: str) -> list[int]: ...
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str: ...
 
@@ -37,19 +40,19 @@ class FastTokenizer:
         from tokenizers import Tokenizer as JsonTokenizer
 
         try:
-            self.tokenizer: JsonTokenizer = JsonTokenizer.from_file(str(path))
+            self.backend: JsonTokenizer = JsonTokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception for any malformed file
             raise ModelLoadError(f"{path} is not a tokenizer file: {error}") from error
         # Saved along by whoever trained with them; a prompt is to stay as it is, as it does with transformers.
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
-        self.size, self.longest_token = measure(self.tokenizer.get_vocab(with_added_tokens=True), path)
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.size, self.longest_token = measure(self.backend.get_vocab(with_added_tokens=True), path)
 
     def encode(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text).ids)
+        return list(self.backend.encode(text).ids)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
+        return str(self.backend.decode(ids, skip_special_tokens=skip_special_tokens))
 
 
 class SlowTokenizer:
@@ -58,6 +61,7 @@ class SlowTokenizer:
     def __init__(self, folder: Path) -> None:
         self.tokenizer = load_hf_tokenizer(folder)
         self.size, self.longest_token = measure(self.tokenizer.get_vocab(), folder)
+        self.backend = plain_backend(self.tokenizer)
 
     def encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text))
@@ -86,3 +90,13 @@ def load_hf_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             "with token ids"
         ) from error
     return tokenizer
+
+
+def plain_backend(tokenizer: PreTrainedTokenizerBase) -> JsonTokenizer | None:
+    """The tokenizers library's object behind it, unless transformers does more to a text than that decodes."""
+    from transformers import PreTrainedTokenizerFast
+
+    of, plain = type(tokenizer), PreTrainedTokenizerFast
+    if not isinstance(tokenizer, plain) or of.decode is not plain.decode or of._decode is not plain._decode:
+        return None
+    return None if tokenizer.clean_up_tokenization_spaces else tokenizer.backend_tokenizer
