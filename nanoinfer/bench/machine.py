@@ -60,14 +60,17 @@ def timed(call: Callable[[], object], device: str) -> float:
 
 
 def measure_limits(device: str, dtype: torch.dtype, repeats: int = 10) -> Limits:
-    """Memory bandwidth by reading READ_BYTES, arithmetic by a large matrix product in dtype; the best of some."""
+    """Memory bandwidth by reading or copying READ_BYTES, arithmetic by a large matrix product in dtype; the best of some."""
     return Limits(_read_gb_per_s(device, repeats), _tflop_per_s(device, dtype, repeats))
 
 
 def _read_gb_per_s(device: str, repeats: int) -> float:
     size = READ_BYTES[device]
     data = torch.ones(size // 4, device=device)
-    return size / min(timed(data.sum, device) for _ in range(repeats)) / 1e9
+    half = data.numel() // 2
+    # Adding up reads alone; copying reads and writes, which on a GPU moves more bytes a second. Both count every byte.
+    calls = (data.sum, partial(data[:half].copy_, data[half:]))
+    return size / min(timed(call, device) for call in calls for _ in range(repeats)) / 1e9
 
 
 def _tflop_per_s(device: str, dtype: torch.dtype, repeats: int) -> float:
