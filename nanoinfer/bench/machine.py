@@ -60,7 +60,7 @@ def timed(call: Callable[[], object], device: str) -> float:
 
 
 def measure_limits(device: str, dtype: torch.dtype, repeats: int = 10) -> Limits:
-    """Memory bandwidth by reading or copying READ_BYTES, arithmetic by a large matrix product in dtype; the best of some."""
+    """Memory bandwidth by reading or copying READ_BYTES, arithmetic by a large matrix product; the best of some."""
     return Limits(_read_gb_per_s(device, repeats), _tflop_per_s(device, dtype, repeats))
 
 
