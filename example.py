@@ -45,20 +45,17 @@ def sampling_params(llm: LLM, args: argparse.Namespace) -> SamplingParams:
     return replace(llm.get_default_sampling_params(), **given)
 
 
-def as_chat(llm: LLM, prompt: str) -> str:
-    """The prompt as a user's message, up to where the answer begins."""
-    messages = [{"role": "user", "content": prompt}]
-    return str(llm.get_tokenizer().apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("nanoinfer").setLevel(logging.INFO)  # a line each for load, KV pool and capture
     shown = args.prompt or PROMPTS
     with LLM(args.model, device=args.device, dtype=args.dtype) as llm:
-        prompts = [as_chat(llm, prompt) for prompt in shown] if args.chat else shown
-        outputs = llm.generate(prompts, sampling_params(llm, args))
+        params = sampling_params(llm, args)
+        if args.chat:
+            outputs = llm.chat([[{"role": "user", "content": prompt}] for prompt in shown], params)
+        else:
+            outputs = llm.generate(shown, params)
     for prompt, output in zip(shown, outputs, strict=True):
         answer = output.outputs[0]
         print("─" * 80)

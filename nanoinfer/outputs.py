@@ -11,10 +11,21 @@ class CompletionOutput:
     text: str
     token_ids: list[int]
     finish_reason: str | None  # "stop", "length", "abort" or "error"; None while it runs
-    stop_reason: int | None = None  # the stop_token_ids entry that ended it; None for end-of-sequence
+    stop_reason: int | str | None = None  # the stop_token_ids entry or stop string; None for end-of-sequence
 
     def finished(self) -> bool:
         return self.finish_reason is not None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestMetrics:
+    """When things happened to a request, in seconds by time.monotonic(); 0 for what has not happened yet."""
+
+    arrival_time: float
+    first_scheduled_time: float
+    first_token_time: float
+    last_token_time: float
+    num_preemptions: int  # times that it gave up its KV blocks to an earlier request
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +39,8 @@ class RequestOutput:
     finished: bool
     num_cached_tokens: int = 0  # prompt tokens whose KV came from the prefix cache
     error: str | None = None  # why finish_reason is "error"
+    metrics: RequestMetrics | None = None
+    index: int = 0  # of its prompt among those of one call of LLM.generate or LLM.stream
 
     def __getitem__(self, key: str) -> str | list[int]:
         if key == "text":

@@ -11,18 +11,17 @@ logger = logging.getLogger("nanoinfer")
 
 MIN_TEMPERATURE = 0.01  # below this, logits / temperature leaves the range in which float32 tells them apart
 MAX_STOP_TOKENS = 1024
+MAX_STOP_STRINGS = 1024
+MAX_CHOICES = 4096
 
 
 # vLLM's parameters that change nothing here, with the values that mean so; any other value is refused by name.
 NO_OP: NoOp = {
-    "n": (1,),
     "presence_penalty": (0, 0.0),
     "frequency_penalty": (0, 0.0),
-    "stop": (None, []),
     "min_tokens": (0,),
     "logprobs": (None,),
     "prompt_logprobs": (None,),
-    "include_stop_str_in_output": (False,),
     "spaces_between_special_tokens": (True,),
     "bad_words": (None, []),
     "logit_bias": (None,),
@@ -39,12 +38,15 @@ class SamplingParams:
     Probabilities are those of logits / temperature, cut by min_p, then top_k, then top_p.
     """
 
+    n: int = 1  # completions of the prompt; a seed serves the first, seed + 1 the second, and so on
     repetition_penalty: float = 1.0  # 1e-6 to 1e4; above 1, ids that prompt or output already hold become less likely
     temperature: float = 1.0  # 0 to 2; 0 is greedy
     top_p: float = 1.0  # (0, 1]: the fewest ids whose probabilities reach it
     top_k: int = 0  # the k likeliest ids; 0 or -1: all
     min_p: float = 0.0  # [0, 1]: ids at least this probable relative to the likeliest
     seed: int | None = None  # None: from the engine's seed and the request's number
+    stop: str | Sequence[str] | None = None  # texts of which the first to appear ends the request
+    include_stop_str_in_output: bool = False  # else the text ends before it
     stop_token_ids: Sequence[int] | None = None  # these end the request, as end-of-sequence ids do
     ignore_eos: bool = False  # go on past the model's end-of-sequence ids
     max_tokens: int | None = 16  # None: to the end of the model's or the cache's length
@@ -61,9 +63,13 @@ class SamplingParams:
             check_integer("seed", self.seed, -(2**63), 2**63 - 1)
         if self.max_tokens is not None:
             check_integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
-        for flag in ("ignore_eos", "detokenize", "skip_special_tokens"):
+        for flag in ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output"):
             check_flag(flag, getattr(self, flag))
         self._check_stop_token_ids()
+        self._check_stop()
+        check_integer("n", self.n, 1, MAX_CHOICES)
+        if self.n > 1 and self.temperature == 0:
+            raise InvalidRequest(f"n must be 1 with temperature = 0, whose completions are all the same; got {self.n}")
         if 0 < self.temperature < MIN_TEMPERATURE:
             logger.warning("temperature %g is raised to %g", self.temperature, MIN_TEMPERATURE)
 
@@ -78,6 +84,16 @@ class SamplingParams:
         for i, token in enumerate(ids):
             check_integer(f"stop_token_ids[{i}]", token, 0, 2**31 - 1)
         object.__setattr__(self, "stop_token_ids", tuple(map(int, ids)))  # the caller's list may change
+
+    def _check_stop(self) -> None:
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        if not isinstance(stop, Sequence) or not all(isinstance(text, str) and text for text in stop):
+            raise InvalidRequest(f"stop must be a string or a list of strings, none of them empty, got {self.stop!r}")
+        if len(stop) > MAX_STOP_STRINGS:
+            raise InvalidRequest(f"stop may hold {MAX_STOP_STRINGS} strings, got {len(stop)}")
+        if stop and not self.detokenize:
+            raise InvalidRequest(f"stop = {self.stop!r} needs detokenize=True: it is looked for in the text")
+        object.__setattr__(self, "stop", tuple(stop))
 
     @property
     def sampled_temperature(self) -> float:

@@ -108,11 +108,11 @@ def _check_queues(engine: "FakeEngine") -> None:
     for queue, status in ((waiting, Status.WAITING), (running, Status.RUNNING)):
         assert all(seq.status is status for seq in queue)
         assert [seq.index for seq in queue] == sorted({seq.index for seq in queue})
-    assert {seq.index for seq in waiting + running} == {seq.index for seq in engine.sequences.values()}
+    assert {seq.index for seq in waiting + running} == {seq.index for seq in engine.sequences}
     rows = engine.scheduler.free_rows + [seq.row for seq in engine.live if seq.row >= 0]
     assert sorted(rows) == sorted(engine.rows), "rows are lost or owned twice"
     if not engine.runner.model.lost:
-        assert not engine.doomed & engine.sequences.keys(), "a request outlives the step that failed it"
+        assert not engine.doomed & engine.replies.keys(), "a request outlives the step that failed it"
 
 
 def _check_in_flight(engine: "FakeEngine") -> None:

@@ -233,7 +233,7 @@ class FakeEngine(LLMEngine):
             seed=salt << 32 | nan_at,  # the model reads both from the row: a stale row gives wrong tokens
         )  # fmt: skip
         request_id = self.add_request({"prompt_token_ids": prompt, "cache_salt": f"{salt}" * bool(salt)}, params)
-        seq = self.sequences[request_id]
+        (seq,) = self.replies[request_id].seqs
         ends = [*stop] if ignore_eos else [*stop, EOS]
         max_length = min(len(prompt) + max_tokens, self.limits.max_model_len)
         self.truths[request_id] = tell_truth(prompt, salt, max_length, ends, nan_at)
@@ -258,7 +258,7 @@ class FakeEngine(LLMEngine):
 
     def _check_output(self, output: RequestOutput) -> None:
         truth, got = self.truths[output.request_id], output.outputs[0]
-        assert output.finished and output.request_id not in self.sequences
+        assert output.finished and output.request_id not in self.replies
         if "injected" in str(output.error):
             assert got.finish_reason == "error" and output.request_id in self.doomed
             assert got.token_ids == truth.output[: len(got.token_ids)]
@@ -274,7 +274,7 @@ class FakeEngine(LLMEngine):
         bound = 2 + sum(2 * (seq.max_length + 2) for seq in self.live)
         outputs = list[RequestOutput]()
         while self.has_unfinished_requests():
-            assert bound > 0, f"no progress: {list(self.sequences)}"
+            assert bound > 0, f"no progress: {list(self.replies)}"
             outputs += self.step()
             bound -= 1
         check_drained(self)

@@ -105,7 +105,7 @@ def check_nothing_kept(llm: LLM) -> None:
 def generate(engine: LLMEngine, prompts: list[Any], params: SamplingParams) -> list[Sequence]:
     """Run prompts to their end; what became of each, preemptions included."""
     ids = [engine.add_request(prompt, params) for prompt in prompts]
-    sequences = [engine.sequences[request_id] for request_id in ids]
+    sequences = [engine.replies[request_id].seqs[0] for request_id in ids]
     while engine.has_unfinished_requests():
         engine.step()
     assert [seq.finish_reason for seq in sequences] == ["length"] * len(prompts)

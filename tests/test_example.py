@@ -56,7 +56,8 @@ def test_defaults_are_the_models_own() -> None:
 def test_chat_uses_the_models_template(capsys) -> None:
     """The prompt becomes a user's message and the answer is asked for, in the model's own words."""
     with example.LLM(example.DEMO, device="cpu") as llm:
-        text = example.as_chat(llm, "Hello there")
+        messages = [{"role": "user", "content": "Hello there"}]
+        text = llm.chat(messages, example.SamplingParams(max_tokens=1), use_tqdm=False)[0].prompt
         template = llm.get_tokenizer().chat_template
     assert text.count("Hello there") == 1 and text.endswith("assistant\n")
     assert "<|im_start|>" in template and text.startswith("<|im_start|>")

@@ -96,7 +96,7 @@ def test_forms_of_token_ids(llm: LLM, prompt: object) -> None:
         "seed": [2**63, 1.5, "1", True],
         "max_tokens": [0, -1, 2**31, 1.5, float("nan"), True],
         "stop_token_ids": ["3", [-1], [1.5], [True], 3, list(range(1025))],
-        "n": [2, 0], "stop": [["x"]], "logprobs": [5], "presence_penalty": [0.5], "min_tokens": [1],
+        "n": [0], "stop": [[""]], "logprobs": [5], "presence_penalty": [0.5], "min_tokens": [1],
         "ignore_eos": [1, None, "yes"],
         "detokenize": [1],
         "skip_special_tokens": [0],
@@ -389,7 +389,7 @@ def test_cached_tokens_are_reported_and_salts_keep_apart(llm: LLM) -> None:
 def test_own_ids_never_meet_automatic_ones(llm: LLM) -> None:
     """A caller may have taken the id that the counter comes to next."""
     engine = llm.llm_engine
-    taken = engine.add_request(str(engine.num_requests + 1), GOLDEN, GREEDY)
+    taken = engine.add_request(str(engine.num_sequences + 1), GOLDEN, GREEDY)
     (out,) = llm.generate(GOLDEN, GREEDY, use_tqdm=False)
     assert out.request_id != taken
     assert [other.request_id for other in engine.step()] == [taken]

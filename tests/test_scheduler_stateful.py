@@ -86,9 +86,9 @@ class Engine(RuleBasedStateMachine):
     def abort(self, pick: int, times: int, steps: int) -> None:
         """In any state: waiting, mid-prompt, running, in flight, preempted, finished, aborted before, unknown."""
         done = [seq.request_id for seq in self.engine.all if seq.status is Status.FINISHED]
-        candidates = [*list(self.engine.sequences)[:8], *done[-2:], "unknown"]
+        candidates = [*list(self.engine.replies)[:8], *done[-2:], "unknown"]
         request_id = candidates[pick % len(candidates)]
-        self.aborted |= {request_id} & self.engine.sequences.keys()
+        self.aborted |= {request_id} & self.engine.replies.keys()
         self.engine.abort_request([request_id] * times)
         self.step(steps)
 

@@ -76,7 +76,7 @@ def measure(target: Target, options: Options, batch: int, context: int) -> Profi
     params = SamplingParams(max_tokens=4 * STEPS, ignore_eos=True, temperature=0.6, detokenize=False)
     for i in range(batch):
         engine.add_request([(i + j) % 1000 for j in range(context)], params)
-    while any(not seq.output_tokens for seq in engine.sequences.values()):
+    while any(not seq.output_tokens for seq in engine.sequences):
         engine.step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         for _ in range(STEPS):

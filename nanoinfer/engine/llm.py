@@ -1,18 +1,20 @@
 """LLM: offline generation over any number of prompts."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from numbers import Real
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from tqdm import tqdm
 
 from nanoinfer.engine.llm_engine import LLMEngine
+from nanoinfer.engine.reply import Reply
 from nanoinfer.engine.requests import Request
 from nanoinfer.errors import InvalidRequest
-from nanoinfer.inputs import PromptType
+from nanoinfer.inputs import PromptType, TokensPrompt
 from nanoinfer.outputs import RequestOutput
 from nanoinfer.sampling_params import SamplingParams
 from nanoinfer.utils.interrupts import deferred_interrupt
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Params = SamplingParams | Sequence[SamplingParams] | None
+Message = dict[str, Any]
+Conversation = list[Message]
 
 
 class LLM:
@@ -29,28 +33,65 @@ class LLM:
 
     def __init__(self, model: str | Path, **options: object) -> None:
         self.llm_engine = LLMEngine(model, **options)
+        self.enqueued: list[str] = []
+        self.hf_tokenizer: PreTrainedTokenizerBase | None = None
 
     def generate(
-        self, prompts: PromptType | Sequence[PromptType], sampling_params: Params = None, *, use_tqdm: bool = True
-    ) -> list[RequestOutput]:
+        self, prompts: PromptType | Sequence[PromptType], sampling_params: Params = None, *, use_tqdm: bool = True,
+        callback: Callable[[RequestOutput], None] | None = None,
+    ) -> list[RequestOutput]:  # fmt: skip
         """Complete the prompts: strings, lists of token ids, or dicts with "prompt" or "prompt_token_ids".
 
         sampling_params: one for all, one for each, or None for the model's own defaults. Outputs come in the order of
-        the prompts. Raises InvalidRequest naming the index of a prompt that cannot be served, before anything runs.
-        A request that fails while it runs has finish_reason "error" and leaves the others alone.
+        the prompts; `callback` gets each of them as soon as it has finished. Raises InvalidRequest naming the index of
+        a prompt that cannot be served, before anything runs. A request that fails while it runs has finish_reason
+        "error" and leaves the others alone.
         """
-        self.llm_engine.check_alive()
         requests = self._check(_as_list(prompts), sampling_params)
         ids: list[str] = []
+        done: dict[str, RequestOutput] = {}
         try:
             with deferred_interrupt():  # no request may be queued without its id in `ids`
                 ids.extend(self.llm_engine.enqueue(request) for request in requests)
-            done = self._run(ids, use_tqdm)
+            for output in self._run(ids, use_tqdm):
+                done[output.request_id] = output
+                if callback is not None:
+                    callback(output)
         finally:  # after Ctrl-C nothing of this call stays behind
             self.llm_engine.abort_request(ids)
         return [done[request_id] for request_id in ids]
 
+    def stream(
+        self, prompts: PromptType | Sequence[PromptType], sampling_params: Params = None
+    ) -> Iterator[RequestOutput]:
+        """As generate, but yields what is new, text and token ids, as it comes; `index` says of which prompt.
+
+        The deltas' texts, put together, are the text that generate gives. Leaving the loop ends the requests.
+        """
+        requests = self._check(_as_list(prompts), sampling_params)
+        return self._stream(requests)
+
+    def _stream(self, requests: list[Request]) -> Iterator[RequestOutput]:
+        engine, open_replies = self.llm_engine, dict[str, tuple[int, Reply]]()
+        try:
+            with deferred_interrupt():
+                for i, request in enumerate(requests):
+                    request_id = engine.enqueue(request, stream=True)
+                    open_replies[request_id] = i, engine.replies[request_id]
+            while open_replies:
+                for output in engine.step():
+                    if output.request_id not in open_replies:
+                        engine.hold(output)  # of a request that somebody else added
+                for request_id, (i, reply) in list(open_replies.items()):
+                    if reply.finished:
+                        del open_replies[request_id]
+                    if delta := reply.delta():
+                        yield replace(delta, index=i)
+        finally:
+            engine.abort_request(open_replies)
+
     def _check(self, prompts: Sequence[PromptType], sampling_params: Params) -> list[Request]:
+        self.llm_engine.check_alive()
         if isinstance(sampling_params, Sequence) and len(sampling_params) != len(prompts):
             raise InvalidRequest(f"sampling_params has {len(sampling_params)} entries for {len(prompts)} prompts")
         params = sampling_params if isinstance(sampling_params, Sequence) else [sampling_params] * len(prompts)
@@ -62,27 +103,69 @@ class LLM:
                 raise InvalidRequest(f"prompts[{i}]: {error}") from error
         return requests
 
-    def _run(self, ids: list[str], use_tqdm: bool) -> dict[str, RequestOutput]:
-        wanted, done = set(ids), dict[str, RequestOutput]()
+    def _run(self, ids: list[str], use_tqdm: bool) -> Iterator[RequestOutput]:
+        """Step until these requests have finished; each one's output as it comes."""
+        places = {request_id: i for i, request_id in enumerate(ids)}
         began, tokens_in, tokens_out = time.perf_counter(), 0, 0
         with tqdm(total=len(ids), desc="Processed prompts", disable=not use_tqdm, dynamic_ncols=True) as bar:
-            while len(done) < len(ids):
+            while places:
                 for output in self.llm_engine.step():
-                    if output.request_id not in wanted:
+                    if output.request_id not in places:
                         self.llm_engine.hold(output)  # of a request that somebody else added
                         continue
-                    done[output.request_id] = output
                     tokens_in += len(output.prompt_token_ids)
-                    tokens_out += len(output.outputs[0].token_ids)
+                    tokens_out += sum(len(choice.token_ids) for choice in output.outputs)
                     seconds = time.perf_counter() - began
                     speed = f"input: {tokens_in / seconds:.1f} toks/s, output: {tokens_out / seconds:.1f} toks/s"
                     bar.set_postfix_str(f"est. speed {speed}", refresh=False)
                     bar.update()
-        return done
+                    yield replace(output, index=places.pop(output.request_id))
+
+    def enqueue(self, prompts: PromptType | Sequence[PromptType], sampling_params: Params = None) -> list[str]:
+        """Queue prompts for `wait_for_completion`; their ids. Raises as generate does, and nothing is queued then."""
+        ids = [self.llm_engine.enqueue(request) for request in self._check(_as_list(prompts), sampling_params)]
+        self.enqueued += ids
+        return ids
+
+    def wait_for_completion(self, *, use_tqdm: bool = True) -> list[RequestOutput]:
+        """The outputs of all that was enqueued since the last call, in that order."""
+        ids, self.enqueued = self.enqueued, []
+        done = {output.request_id: output for output in self._run(ids, use_tqdm)}
+        return [done[request_id] for request_id in ids]
+
+    def chat(
+        self, messages: Conversation | Sequence[Conversation], sampling_params: Params = None, *, use_tqdm: bool = True,
+        chat_template: str | None = None, add_generation_prompt: bool = True, continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None, chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> list[RequestOutput]:  # fmt: skip
+        """Answer conversations, lists of {"role": ..., "content": ...}, one or several, by the model's chat template.
+
+        content: a string, or a list of {"type": "text", "text": ...} parts. continue_final_message: go on with the
+        last message rather than answer it. chat_template: another one than the model's.
+        """
+        several = cast("Sequence[Conversation]", messages if messages and isinstance(messages[0], list) else [messages])
+        tokenizer = self.get_tokenizer()
+        texts = [
+            tokenizer.apply_chat_template(
+                [_plain(message) for message in conversation],
+                tools=tools,
+                chat_template=chat_template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt and not continue_final_message,
+                continue_final_message=continue_final_message,
+                **(chat_template_kwargs or {}),
+            )
+            for conversation in several
+        ]
+        ids = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+        prompts = [TokensPrompt(prompt_token_ids=i, prompt=text) for i, text in zip(ids, texts, strict=True)]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def get_tokenizer(self) -> "PreTrainedTokenizerBase":
-        """The model's tokenizer as transformers has it, chat template included."""
-        return load_hf_tokenizer(self.llm_engine.tokenizer_folder)
+        """The model's tokenizer as transformers has it, chat template included; read when first asked for."""
+        if self.hf_tokenizer is None:
+            self.hf_tokenizer = load_hf_tokenizer(self.llm_engine.tokenizer_folder)
+        return self.hf_tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's generation_config.json recommends."""
@@ -107,3 +190,13 @@ def _as_list(prompts: PromptType | Sequence[PromptType]) -> list[PromptType]:
         return [cast(PromptType, prompts)]
     many = list(cast("Sequence[PromptType]", prompts))
     return [cast(PromptType, prompts)] if many and isinstance(many[0], Real) else many
+
+
+def _plain(message: Message) -> Message:
+    """A message whose content is a string, as templates expect."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return message
+    if any(part.get("type") != "text" for part in content):
+        raise InvalidRequest(f"content parts must be of type 'text', got {[part.get('type') for part in content]}")
+    return message | {"content": "".join(part["text"] for part in content)}

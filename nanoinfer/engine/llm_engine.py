@@ -1,23 +1,27 @@
 """LLMEngine: requests in, steps, outputs out. It knows nothing of HTTP, threads or asyncio."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from hashlib import blake2b
 from itertools import count
 from pathlib import Path
+from time import monotonic
 from typing import cast
 
 from nanoinfer.engine.block_manager import BlockManager
+from nanoinfer.engine.reply import Reply, TextStream
 from nanoinfer.engine.requests import Request, make_request
 from nanoinfer.engine.scheduler import Scheduler
-from nanoinfer.engine.sequence import Sequence
+from nanoinfer.engine.sequence import Sequence, Status
 from nanoinfer.engine.startup import start
 from nanoinfer.engine.step_loop import StepLoop
 from nanoinfer.engine_config import EngineConfig
 from nanoinfer.errors import EngineDead, InvalidRequest
 from nanoinfer.inputs import PromptType
-from nanoinfer.outputs import CompletionOutput, RequestOutput
+from nanoinfer.outputs import RequestOutput
 from nanoinfer.sampling_params import SamplingParams
+from nanoinfer.utils.detokenizer import Detokenizer, make_detokenizers
 from nanoinfer.utils.interrupts import deferred_interrupt
+from nanoinfer.utils.stop_strings import StopFilter, StopStrings
 
 CLOSED = "the engine is closed"
 
@@ -48,9 +52,11 @@ class LLMEngine:
         self.scheduler = Scheduler(self.blocks, config.max_num_seqs, parts.max_num_batched_tokens, num_rows)
         asynchronous = parts.traits.asynchronous if config.async_scheduling is None else config.async_scheduling
         self.loop = StepLoop(self.scheduler, self.runner, steps_ahead=int(asynchronous))
-        self.sequences: dict[str, Sequence] = {}
+        self.replies: dict[str, Reply] = {}  # by request id, until all of it has finished
+        self.watched: dict[str, Reply] = {}  # those of them whose text somebody follows
+        self.detokenizers: dict[bool, Callable[[], Detokenizer]] = {}  # by skip_special_tokens, made when first asked
         self.held: list[RequestOutput] = []
-        self.num_requests = 0
+        self.num_sequences = 0
         self.dead: str | None = None
 
     def add_request(
@@ -84,27 +90,47 @@ class LLMEngine:
         if self.dead:
             raise EngineDead(self.dead)
 
-    def enqueue(self, request: Request, request_id: str | None = None) -> str:
-        """Queue a checked request under an id of its own. Raises InvalidRequest where a live one has that id."""
-        index = self.num_requests
+    def enqueue(self, request: Request, request_id: str | None = None, *, stream: bool = False) -> str:
+        """Queue a checked request under an id of its own. Raises InvalidRequest where a live one has that id.
+
+        stream: keep its text up to date, for `replies[request_id].delta()`.
+        """
         if request_id is None:
-            request_id = next(name for name in map(str, count(index)) if name not in self.sequences)
+            request_id = next(name for name in map(str, count(self.num_sequences)) if name not in self.replies)
         elif not isinstance(request_id, str):
             raise InvalidRequest(f"request_id must be a string, got {request_id!r}")
-        if request_id in self.sequences:
+        if request_id in self.replies:
             raise InvalidRequest(f"request_id {request_id!r} belongs to an unfinished request")
-        params = request.params
+        seqs = [self._sequence(request, request_id, i) for i in range(request.params.n)]
+        follow = stream or bool(request.params.stop)
+        reply = Reply(seqs, [self._text_stream(request.params) for _ in seqs] if follow else [])
+        self.replies[request_id] = reply
+        if follow:
+            self.watched[request_id] = reply
+        for seq in seqs:
+            self.scheduler.add(seq)
+        return request_id
+
+    def _sequence(self, request: Request, request_id: str, choice: int) -> Sequence:
+        """The request's choice number `choice`; those with a seed use it, the next number, and so on."""
+        params, index = request.params, self.num_sequences
+        self.num_sequences += 1
         eos = () if params.ignore_eos else self.model_config.eos_token_ids
-        seq = Sequence(
+        return Sequence(
             request_id, index, request.token_ids.copy(), len(request.token_ids), params, request.max_length,
             frozenset(eos).union(params.stop_token_ids or ()),
-            int(params.seed) if params.seed is not None else derived_seed(self.config.seed, index),
-            request.prompt, request.cache_salt,
+            derived_seed(self.config.seed, index) if params.seed is None else int(params.seed) + choice,
+            request.prompt, request.cache_salt, arrival_time=monotonic(),
         )  # fmt: skip
-        self.num_requests += 1
-        self.sequences[request_id] = seq
-        self.scheduler.add(seq)
-        return request_id
+
+    def _text_stream(self, params: SamplingParams) -> TextStream:
+        if self.tokenizer is None or not params.detokenize:
+            return TextStream(None, None)
+        skip = params.skip_special_tokens
+        if skip not in self.detokenizers:
+            self.detokenizers[skip] = make_detokenizers(self.tokenizer, skip)
+        stops = StopFilter(StopStrings(params.stop), params.include_stop_str_in_output) if params.stop else None
+        return TextStream(self.detokenizers[skip](), stops)
 
     def default_sampling_params(self) -> SamplingParams:
         """What the model's generation_config.json recommends."""
@@ -121,18 +147,25 @@ class LLMEngine:
         ids = {request_ids} if isinstance(request_ids, str) else set(request_ids)
         with deferred_interrupt():
             for request_id in ids:
-                if seq := self.sequences.pop(request_id, None):
-                    self.scheduler.abort(seq)
+                if reply := self.replies.pop(request_id, None):
+                    self.watched.pop(request_id, None)
+                    for seq in reply.seqs:
+                        self.scheduler.abort(seq)
             self.held = [output for output in self.held if output.request_id not in ids]
 
+    @property
+    def sequences(self) -> list[Sequence]:
+        """Those of unfinished requests, in order of arrival."""
+        return [seq for reply in self.replies.values() for seq in reply.seqs]
+
     def has_unfinished_requests(self) -> bool:
-        return bool(self.sequences or self.loop.launched or self.held)
+        return bool(self.replies or self.loop.launched or self.held)
 
     def is_finished(self) -> bool:
         return not self.has_unfinished_requests()
 
     def get_num_unfinished_requests(self) -> int:
-        return len(self.sequences)
+        return len(self.replies)
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes; False while a request runs."""
@@ -154,9 +187,9 @@ class LLMEngine:
             except BaseException as error:
                 self.dead = f"a step was cut off half-way by {error!r}"
                 raise
+            finished += self._follow_texts()
             for seq in finished:
-                del self.sequences[seq.request_id]
-            self.held += [self._output(seq) for seq in finished]
+                self._close(seq.request_id)
         outputs, self.held = self.held, []  # not reached by an interrupt: the next step returns them
         return outputs
 
@@ -164,22 +197,31 @@ class LLMEngine:
         """Keep an output that a caller of `step` did not ask for, for the next caller."""
         self.held.append(output)
 
-    def _output(self, seq: Sequence) -> RequestOutput:
-        ids, text = seq.output_tokens, ""
-        if self.tokenizer and seq.params.detokenize:
-            shown = ids[:-1] if seq.finish_reason == "stop" else ids  # what ended the text is no part of it
-            text = self.tokenizer.decode(shown, seq.params.skip_special_tokens)
-        return RequestOutput(
-            seq.request_id, seq.prompt, seq.tokens[: seq.num_prompt_tokens],
-            [CompletionOutput(0, text, ids, seq.finish_reason, seq.stop_reason)],
-            finished=seq.finish_reason is not None, num_cached_tokens=seq.num_cached_tokens, error=seq.error,
-        )  # fmt: skip
+    def _follow_texts(self) -> list[Sequence]:
+        """Take new tokens into the texts that somebody follows; the sequences that a stop string ends."""
+        stopped = list[Sequence]()
+        for reply in self.watched.values():
+            for seq, stream in zip(reply.seqs, reply.streams, strict=True):
+                if not stream.closed and (found := stream.advance(seq)) is not None:
+                    if seq.status is not Status.FINISHED:
+                        stopped.append(seq)
+                    self.scheduler.stop(seq, found)
+        return stopped
+
+    def _close(self, request_id: str) -> None:
+        """One of the request's sequences has finished; with the last one the request has."""
+        reply = self.replies.get(request_id)
+        if reply is not None and reply.finished:
+            del self.replies[request_id]
+            self.watched.pop(request_id, None)
+            self.held.append(reply.output(self.tokenizer))
 
     def close(self) -> None:
         """Give the weights and the KV pool back; the engine serves nothing any more. Closing twice is fine."""
         if self.dead != CLOSED:
             self.dead = CLOSED
-            self.sequences.clear()
+            self.replies.clear()
+            self.watched.clear()
             self.held.clear()
             self.loop.launched.clear()
             self.runner.close()

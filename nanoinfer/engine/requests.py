@@ -44,6 +44,8 @@ def make_request(prompt: PromptType, params: SamplingParams, tokenizer: Tokenize
     else:
         token_ids = _checked_ids(ids, limits.vocab_size)
     _check_length(len(token_ids), limits)
+    if params.stop and tokenizer is None:
+        raise InvalidRequest(f"stop = {list(params.stop)} needs a tokenizer, but skip_tokenizer_init=True")
     for token in params.stop_token_ids or ():
         if token >= limits.vocab_size:
             raise InvalidRequest(f"stop_token_ids holds {token}; the vocabulary has {limits.vocab_size} ids")

@@ -10,6 +10,7 @@ those that need more: a block, a preemption, a prefill, an end.
 
 from bisect import insort
 from operator import attrgetter
+from time import monotonic
 
 import numpy as np
 
@@ -101,8 +102,8 @@ class Scheduler:
         insort(self.running, seq, key=_arrival)
         self.running_rows, seq.status = None, Status.RUNNING
         self.rows.move_in(seq, self.free_rows.pop())
-        if seq.num_preemptions == 0:
-            seq.num_cached_tokens = seq.num_scheduled
+        if not seq.scheduled_time:
+            seq.num_cached_tokens, seq.scheduled_time = seq.num_scheduled, monotonic()
         return seq
 
     def commit(self, step: Step, tokens: Ints) -> list[Sequence]:
@@ -128,6 +129,8 @@ class Scheduler:
         takes = table.unfinished[rows] & (tokens >= 0)
         for i, token in zip(np.flatnonzero(takes).tolist(), tokens[takes].tolist(), strict=True):
             seqs[i].tokens.append(token)
+        for i in np.flatnonzero(ends == table.prompt_length[rows]).tolist():
+            seqs[i].first_token_time = monotonic()
         stops = (table.stop_ids[rows] == tokens[:, None]).any(axis=1)
         last = table.unfinished[rows] & (stops | (tokens < 0) | (ends + 1 >= table.max_length[rows]))
         finished = [seqs[i] for i in np.flatnonzero(last).tolist()]
@@ -145,6 +148,12 @@ class Scheduler:
             self._finish(seq, "stop")
         else:
             self._finish(seq, "length")
+
+    def stop(self, seq: Sequence, reason: str) -> None:
+        """End seq at a stop string, which its last known token completes; it may just have ended for another reason."""
+        if seq.status is not Status.FINISHED:
+            self._finish(seq, "stop")
+        seq.finish_reason, seq.stop_reason = "stop", reason
 
     def abort(self, seq: Sequence) -> None:
         """End seq now, whatever its state; a token in flight is dropped when it arrives."""
@@ -184,7 +193,7 @@ class Scheduler:
     def _finish(self, seq: Sequence, reason: str, error: str | None = None) -> None:
         (self.running if seq.status is Status.RUNNING else self.waiting).remove(seq)
         self._give_up(seq, Status.FINISHED)
-        seq.finish_reason, seq.error = reason, error
+        seq.finish_reason, seq.error, seq.finished_time = reason, error, monotonic()
 
     def _give_up(self, seq: Sequence, status: Status) -> None:
         if seq.in_flight:  # its launched steps may yet fail, and then nobody knows which blocks they were to fill

@@ -47,8 +47,12 @@ class Sequence:
     chain: list[int] = field(default_factory=list)  # prefix cache entry of each leading full block
 
     finish_reason: str | None = None
-    stop_reason: int | None = None
+    stop_reason: int | str | None = None
     error: str | None = None
+    arrival_time: float = 0.0  # by time.monotonic(), as those below; 0: not yet
+    scheduled_time: float = 0.0
+    first_token_time: float = 0.0
+    finished_time: float = 0.0
 
     @property
     def length(self) -> int:

@@ -1,0 +1,178 @@
+"""What a request gives back: stop strings, several completions, streams, chats, times. On the demo model."""
+
+import gc
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nanoinfer import LLM, InvalidRequest, SamplingParams
+from nanoinfer.outputs import RequestOutput
+
+DEMO = Path(__file__).parent.parent / "nanoinfer" / "assets" / "demo"
+PROMPTS = ["def fibonacci(n):\n", "class Stack:\n    def push(self, item):\n", "import os\n"]
+GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["lockstep", "a step ahead"])
+def llm(request: pytest.FixtureRequest) -> Iterator[LLM]:
+    with LLM(DEMO, dtype="float32", device="cpu", max_num_seqs=8, async_scheduling=request.param) as llm:
+        yield llm
+
+
+@pytest.fixture(autouse=True)
+def everything_comes_back(llm: LLM) -> Iterator[None]:
+    yield
+    engine = llm.llm_engine
+    while engine.has_unfinished_requests():
+        engine.step()
+    assert engine.blocks.num_free == engine.blocks.num_blocks and not engine.replies and not engine.watched
+
+
+def text_of(llm: LLM, prompt: str, **options: object) -> RequestOutput:
+    params = SamplingParams(**{"temperature": 0, "max_tokens": 40, "ignore_eos": True} | options)
+    return llm.generate(prompt, params, use_tqdm=False)[0]
+
+
+@pytest.mark.parametrize("include", [False, True])
+def test_a_stop_string_ends_the_text_wherever_tokens_are_cut(llm: LLM, include: bool) -> None:
+    """Every substring of the text as a stop string: text up to its first place, no token more than that takes."""
+    whole = text_of(llm, PROMPTS[0])
+    text = whole["text"]
+    for begin in range(0, min(len(text), 60), 7):
+        for length in (1, 2, 5):
+            stop = text[begin : begin + length]
+            out = text_of(llm, PROMPTS[0], stop=["\0 never", stop], include_stop_str_in_output=include).outputs[0]
+            end = text.index(stop)
+            assert out.text == text[: end + len(stop) * include]
+            assert (out.finish_reason, out.stop_reason) == ("stop", stop)
+            assert out.token_ids == whole["token_ids"][: len(out.token_ids)]
+            tokenizer = llm.llm_engine.tokenizer
+            assert stop not in tokenizer.decode(out.token_ids[:-1], True), "it went on after the stop string"
+
+
+def test_a_stop_string_that_never_comes_changes_nothing(llm: LLM) -> None:
+    """Not even at the end, where what could have become one is still held back."""
+    whole = text_of(llm, PROMPTS[0])
+    out = text_of(llm, PROMPTS[0], stop=whole["text"][-3:] + "\0")
+    assert (out["text"], out.outputs[0].finish_reason) == (whole["text"], "length")
+
+
+def test_a_stop_string_frees_the_request_at_once(llm: LLM) -> None:
+    """Its row and blocks are for others; neighbours do not notice."""
+    alone = text_of(llm, PROMPTS[1])
+    stop = text_of(llm, PROMPTS[0])["text"][3:6]
+    outs = llm.generate(PROMPTS[:2], [SamplingParams(temperature=0, max_tokens=40, stop=stop), GREEDY], use_tqdm=False)
+    assert outs[0].outputs[0].stop_reason == stop
+    assert outs[1]["token_ids"] == alone["token_ids"]
+
+
+def test_completions_of_one_prompt(llm: LLM) -> None:
+    """n of them: completion i is what the prompt alone gives with seed + i; without a seed all differ."""
+    out = text_of(llm, PROMPTS[0], temperature=1.0, seed=11, n=3)
+    assert [choice.index for choice in out.outputs] == [0, 1, 2]
+    alone = [text_of(llm, PROMPTS[0], temperature=1.0, seed=11 + i)["token_ids"] for i in range(3)]
+    assert [choice.token_ids for choice in out.outputs] == alone
+    free = text_of(llm, PROMPTS[0], temperature=1.0, n=4)
+    assert len({tuple(choice.token_ids) for choice in free.outputs}) == 4
+
+
+def test_completions_end_each_in_their_own_way(llm: LLM) -> None:
+    """One may meet a stop string long before another reaches its length; the request finishes with the last."""
+    out = text_of(llm, PROMPTS[2], temperature=1.0, seed=3, n=6, stop=["class"], max_tokens=30)
+    assert {choice.finish_reason for choice in out.outputs} == {"stop", "length"}
+    assert out.finished and len({len(choice.token_ids) for choice in out.outputs}) > 1
+
+
+@pytest.mark.parametrize("options", [{}, {"stop": ["(", "self."]}, {"n": 3, "temperature": 1.0, "seed": 5}], ids=str)
+def test_deltas_make_the_text(llm: LLM, options: dict[str, object]) -> None:
+    """Put together, a stream is what generate gives, for every prompt and completion, and arrives bit by bit."""
+    params = SamplingParams(**{"temperature": 0, "max_tokens": 40, "ignore_eos": True} | options)
+    whole = llm.generate(PROMPTS, params, use_tqdm=False)
+    texts, tokens, last = defaultdict(str), defaultdict(list), {}
+    count = 0
+    for delta in llm.stream(PROMPTS, params):
+        count += 1
+        for choice in delta.outputs:
+            texts[delta.index, choice.index] += choice.text
+            tokens[delta.index, choice.index] += choice.token_ids
+            last[delta.index, choice.index] = choice.finish_reason
+    for i, out in enumerate(whole):
+        for choice in out.outputs:
+            assert texts[i, choice.index] == choice.text
+            assert tokens[i, choice.index] == choice.token_ids
+            assert last[i, choice.index] == choice.finish_reason
+    assert count > max(len(choice.token_ids) for out in whole for choice in out.outputs) / 2
+
+
+def test_leaving_a_stream_ends_its_requests(llm: LLM) -> None:
+    """Nobody pays for tokens that nobody reads."""
+    for delta in llm.stream(PROMPTS, GREEDY):
+        assert delta.outputs
+        break
+    gc.collect()
+    assert not llm.llm_engine.replies
+    assert llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)[0].finished
+
+
+def test_bad_prompts_are_refused_before_the_stream_begins(llm: LLM) -> None:
+    """Not at the first delta, when work may have been done."""
+    with pytest.raises(InvalidRequest, match=r"prompts\[1\]: prompt is empty"):
+        llm.stream([PROMPTS[0], []], GREEDY)
+
+
+def test_callback_gets_each_output_once(llm: LLM) -> None:
+    seen: list[RequestOutput] = []
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (20, 3, 9)]
+    outs = llm.generate(PROMPTS, params, use_tqdm=False, callback=seen.append)
+    assert [out.index for out in seen] == [1, 2, 0]
+    assert sorted(seen, key=lambda out: out.index) == outs
+
+
+def test_enqueued_prompts_come_in_their_order(llm: LLM) -> None:
+    ids = llm.enqueue(PROMPTS[:2], GREEDY) + llm.enqueue(PROMPTS[2], GREEDY)
+    outs = llm.wait_for_completion(use_tqdm=False)
+    assert [out.request_id for out in outs] == ids
+    assert [out["text"] for out in outs] == [text_of(llm, prompt)["text"] for prompt in PROMPTS]
+    assert llm.wait_for_completion(use_tqdm=False) == []
+
+
+def test_times_are_in_order(llm: LLM) -> None:
+    """Arrival, first scheduled, first token, last token; one that had to wait was scheduled later."""
+    outs = llm.generate([PROMPTS[0]] * 9, GREEDY, use_tqdm=False)  # 8 run at once
+    for out in outs:
+        times = out.metrics
+        assert 0 < times.arrival_time <= times.first_scheduled_time < times.first_token_time < times.last_token_time
+    assert outs[8].metrics.first_scheduled_time > outs[0].metrics.first_token_time
+
+
+def test_chat_forms(llm: LLM) -> None:
+    """One conversation or several, strings or text parts, another template, and going on with the last message."""
+    one = [{"role": "user", "content": "Hi"}]
+    parts = [{"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]}]
+    (out,) = llm.chat(one, GREEDY, use_tqdm=False)
+    both = llm.chat([one, parts], GREEDY, use_tqdm=False)
+    assert [each.prompt for each in both] == [out.prompt] * 2 and both[1]["text"] == out["text"]
+    (other,) = llm.chat(one, GREEDY, use_tqdm=False, chat_template="{{ messages[0].content }}!")
+    assert other.prompt == "Hi!"
+    (more,) = llm.chat(
+        [*one, {"role": "assistant", "content": "Ye"}], GREEDY, use_tqdm=False, continue_final_message=True
+    )
+    assert more.prompt.endswith("Ye")
+    with pytest.raises(InvalidRequest, match="must be of type 'text', got \\['image_url'\\]"):
+        llm.chat([{"role": "user", "content": [{"type": "image_url"}]}], GREEDY, use_tqdm=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"stop": ""}, "stop must be"), ({"stop": ["a", ""]}, "stop must be"), ({"stop": [1]}, "stop must be"),
+     ({"stop": ["a"], "detokenize": False}, "needs detokenize=True"),
+     ({"stop": ["a"] * 1025}, "1024 strings, got 1025"),
+     ({"n": 0}, r"n must lie in \[1, 4096\], got 0"), ({"n": 2, "temperature": 0}, "n must be 1 with temperature = 0"),
+     ({"n": 1.5}, "n must be an integer"), ({"include_stop_str_in_output": 1}, "must be True or False")],
+    ids=str,
+)  # fmt: skip
+def test_wrong_values_are_refused(llm: LLM, options: dict[str, object], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        SamplingParams(**options)
