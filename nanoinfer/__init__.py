@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from nanoinfer.engine.async_engine import AsyncLLMEngine as AsyncLLMEngine
     from nanoinfer.engine.llm import LLM as LLM
     from nanoinfer.engine.llm_engine import LLMEngine as LLMEngine
     from nanoinfer.errors import EngineDead as EngineDead
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 _HOME = {
     "LLM": "engine.llm",
     "LLMEngine": "engine.llm_engine",
+    "AsyncLLMEngine": "engine.async_engine",
     "SamplingParams": "sampling_params",
     "RequestOutput": "outputs",
     "CompletionOutput": "outputs",

@@ -29,6 +29,18 @@ class RequestMetrics:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineStats:
+    """How an engine is doing. Rates are over the time since it was asked last."""
+
+    num_running: int  # sequences
+    num_waiting: int
+    kv_cache_usage: float  # share of the KV blocks that running sequences hold
+    prefix_cache_hit_rate: float  # share of admitted prompt tokens whose KV was there, since the start
+    num_generated_tokens: int  # since the start
+    generated_tokens_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class RequestOutput:
     """A request with what it has generated. `out["text"]` and `out["token_ids"]` read its first completion."""
 

@@ -122,6 +122,34 @@ def test_bad_prompts_are_refused_before_the_stream_begins(llm: LLM) -> None:
         llm.stream([PROMPTS[0], []], GREEDY)
 
 
+def test_errors_can_be_returned(llm: LLM) -> None:
+    """On the output of the prompt they belong to; its neighbours are served. They raise where that is not asked for."""
+    prompts = [PROMPTS[0], [], PROMPTS[1], [10**6]]
+    outs = llm.generate(prompts, GREEDY, use_tqdm=False, on_error="return")
+    assert [out.index for out in outs] == [0, 1, 2, 3]
+    assert [out.outputs[0].finish_reason for out in outs] == ["length", "error", "length", "error"]
+    assert "prompt is empty" in outs[1].error and "out of vocabulary" in outs[3].error
+    assert outs[2]["text"] == text_of(llm, PROMPTS[1])["text"]
+    with pytest.raises(InvalidRequest, match="on_error must be 'raise' or 'return', got 'ignore'"):
+        llm.generate(prompts, GREEDY, on_error="ignore")
+
+
+def test_stats_follow_the_requests(llm: LLM) -> None:
+    engine = llm.llm_engine
+    before = engine.stats()
+    assert (before.num_running, before.num_waiting, before.kv_cache_usage) == (0, 0, 0)
+    for _ in range(10):
+        engine.add_request(list(range(40)), GREEDY)
+    engine.step()
+    during = engine.stats()
+    assert (during.num_running, during.num_waiting) == (8, 2) and 0 < during.kv_cache_usage < 1
+    while engine.has_unfinished_requests():
+        engine.step()
+    after = engine.stats()
+    assert after.num_generated_tokens - before.num_generated_tokens == 10 * 40
+    assert after.generated_tokens_per_s > 0 and 0 < after.prefix_cache_hit_rate <= 1
+
+
 def test_callback_gets_each_output_once(llm: LLM) -> None:
     seen: list[RequestOutput] = []
     params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (20, 3, 9)]

@@ -15,7 +15,7 @@ from nanoinfer.engine.reply import Reply
 from nanoinfer.engine.requests import Request
 from nanoinfer.errors import InvalidRequest
 from nanoinfer.inputs import PromptType, TokensPrompt
-from nanoinfer.outputs import RequestOutput
+from nanoinfer.outputs import CompletionOutput, RequestOutput
 from nanoinfer.sampling_params import SamplingParams
 from nanoinfer.utils.interrupts import deferred_interrupt
 from nanoinfer.utils.tokenizer import load_hf_tokenizer
@@ -38,16 +38,19 @@ class LLM:
 
     def generate(
         self, prompts: PromptType | Sequence[PromptType], sampling_params: Params = None, *, use_tqdm: bool = True,
-        callback: Callable[[RequestOutput], None] | None = None,
+        callback: Callable[[RequestOutput], None] | None = None, on_error: str = "raise",
     ) -> list[RequestOutput]:  # fmt: skip
         """Complete the prompts: strings, lists of token ids, or dicts with "prompt" or "prompt_token_ids".
 
         sampling_params: one for all, one for each, or None for the model's own defaults. Outputs come in the order of
         the prompts; `callback` gets each of them as soon as it has finished. Raises InvalidRequest naming the index of
-        a prompt that cannot be served, before anything runs. A request that fails while it runs has finish_reason
-        "error" and leaves the others alone.
+        a prompt that cannot be served, before anything runs; with on_error="return" that prompt's output has the error,
+        as has that of a request that fails while it runs, and the others are served.
         """
-        requests = self._check(_as_list(prompts), sampling_params)
+        if on_error not in ("raise", "return"):
+            raise InvalidRequest(f"on_error must be 'raise' or 'return', got {on_error!r}")
+        failed: dict[int, RequestOutput] = {}
+        requests = self._check(_as_list(prompts), sampling_params, failed if on_error == "return" else None)
         ids: list[str] = []
         done: dict[str, RequestOutput] = {}
         try:
@@ -59,7 +62,9 @@ class LLM:
                     callback(output)
         finally:  # after Ctrl-C nothing of this call stays behind
             self.llm_engine.abort_request(ids)
-        return [done[request_id] for request_id in ids]
+        served = iter(ids)
+        outputs = [failed.get(i) or done[next(served)] for i in range(len(ids) + len(failed))]
+        return [replace(output, index=i) for i, output in enumerate(outputs)]
 
     def stream(
         self, prompts: PromptType | Sequence[PromptType], sampling_params: Params = None
@@ -90,7 +95,10 @@ class LLM:
         finally:
             engine.abort_request(open_replies)
 
-    def _check(self, prompts: Sequence[PromptType], sampling_params: Params) -> list[Request]:
+    def _check(
+        self, prompts: Sequence[PromptType], sampling_params: Params, failed: dict[int, RequestOutput] | None = None
+    ) -> list[Request]:
+        """The requests that can be served. What cannot raises InvalidRequest, or goes to `failed` by its index."""
         self.llm_engine.check_alive()
         if isinstance(sampling_params, Sequence) and len(sampling_params) != len(prompts):
             raise InvalidRequest(f"sampling_params has {len(sampling_params)} entries for {len(prompts)} prompts")
@@ -100,7 +108,10 @@ class LLM:
             try:
                 requests.append(self.llm_engine.check(prompt, param))
             except InvalidRequest as error:
-                raise InvalidRequest(f"prompts[{i}]: {error}") from error
+                if failed is None:
+                    raise InvalidRequest(f"prompts[{i}]: {error}") from error
+                choice = CompletionOutput(0, "", [], "error")
+                failed[i] = RequestOutput("", None, [], [choice], finished=True, error=str(error))
         return requests
 
     def _run(self, ids: list[str], use_tqdm: bool) -> Iterator[RequestOutput]:

@@ -62,7 +62,7 @@ class Reply:
         return all(seq.status is Status.FINISHED for seq in self.seqs)
 
     def output(self, tokenizer: Tokenizer | None) -> RequestOutput:
-        """All of it, once it has finished."""
+        """All of it so far."""
         if self.streams:
             texts = ["".join(stream.text) for stream in self.streams]
         else:

@@ -31,6 +31,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.running_rows: Ints | None = None  # of `running`, in its order; None: it has changed
+        self.num_generated = self.num_admitted = self.num_cached = 0  # tokens: sampled, of prompts, found in the cache
 
     def add(self, seq: Sequence) -> None:
         self.waiting.append(seq)
@@ -104,6 +105,8 @@ class Scheduler:
         self.rows.move_in(seq, self.free_rows.pop())
         if not seq.scheduled_time:
             seq.num_cached_tokens, seq.scheduled_time = seq.num_scheduled, monotonic()
+            self.num_admitted += seq.num_prompt_tokens
+            self.num_cached += seq.num_cached_tokens
         return seq
 
     def commit(self, step: Step, tokens: Ints) -> list[Sequence]:
@@ -129,6 +132,7 @@ class Scheduler:
         takes = table.unfinished[rows] & (tokens >= 0)
         for i, token in zip(np.flatnonzero(takes).tolist(), tokens[takes].tolist(), strict=True):
             seqs[i].tokens.append(token)
+        self.num_generated += int(np.count_nonzero(takes))
         for i in np.flatnonzero(ends == table.prompt_length[rows]).tolist():
             seqs[i].first_token_time = monotonic()
         stops = (table.stop_ids[rows] == tokens[:, None]).any(axis=1)
