@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from nanoinfer.engine.async_engine import AsyncLLMEngine as AsyncLLMEngine
     from nanoinfer.engine.llm import LLM as LLM
     from nanoinfer.engine.llm_engine import LLMEngine as LLMEngine
+    from nanoinfer.engine_config import EngineArgs as EngineArgs
     from nanoinfer.errors import EngineDead as EngineDead
     from nanoinfer.errors import InvalidRequest as InvalidRequest
     from nanoinfer.errors import ModelLoadError as ModelLoadError
@@ -25,6 +26,7 @@ _HOME = {
     "LLM": "engine.llm",
     "LLMEngine": "engine.llm_engine",
     "AsyncLLMEngine": "engine.async_engine",
+    "EngineArgs": "engine_config",
     "SamplingParams": "sampling_params",
     "RequestOutput": "outputs",
     "CompletionOutput": "outputs",

@@ -146,3 +146,11 @@ class EngineConfig:
         if isinstance(self.dtype, torch.dtype):
             return self.dtype
         return (checkpoint or torch.float32) if self.dtype == "auto" else DTYPES[self.dtype]
+
+
+class EngineArgs:
+    """A model and its options, checked, to be handed on: `LLMEngine.from_engine_args(EngineArgs(model, seed=1))`."""
+
+    def __init__(self, model: str | Path, **options: object) -> None:
+        EngineConfig.from_options(model, **options)
+        self.model, self.options = str(model), options

@@ -11,6 +11,7 @@ from queue import Empty, SimpleQueue
 from nanoinfer.engine.llm_engine import LLMEngine
 from nanoinfer.engine.reply import Reply
 from nanoinfer.engine.requests import Request
+from nanoinfer.engine_config import EngineArgs
 from nanoinfer.errors import EngineDead
 from nanoinfer.inputs import PromptType
 from nanoinfer.outputs import RequestOutput
@@ -43,6 +44,11 @@ class AsyncLLMEngine:
         self.lock = threading.Lock()
         self.thread = threading.Thread(target=self._run, name="nanoinfer engine", daemon=True)
         self.thread.start()
+
+    @classmethod
+    def from_engine_args(cls, args: EngineArgs) -> "AsyncLLMEngine":
+        """The engine that EngineArgs describe, as vLLM's scripts make it."""
+        return cls(args.model, **args.options)
 
     async def generate(
         self, prompt: PromptType, sampling_params: SamplingParams | None = None, request_id: str | None = None, *,
