@@ -22,6 +22,7 @@ from nanoinfer.bench.target import SHAPES
 from nanoinfer.row_state import (
     FLAG_SAMPLE,
     FLAG_STORE,
+    FREQUENCY_PENALTY,
     LENGTH,
     REPETITION_PENALTY,
     ROW_STATE_WIDTH,
@@ -198,6 +199,12 @@ def _sampling_cases(step: Step, logits: Tensor, vocab: int) -> Iterator[Case]:
     read = logits.numel() * logits.element_size()
     tables = (step.batch.block_tables, step.slot_tokens)
     yield Case("penalize", lambda: ops.penalize(logits, rows, step.row_state, *tables, BLOCK_SIZE))
+    counted, ids = step.row_state.clone(), torch.randint_like(step.slot_tokens, vocab)
+    floats = counted.view(torch.float32)
+    floats[:, REPETITION_PENALTY], floats[:, FREQUENCY_PENALTY] = 1.0, 0.5
+    yield Case(
+        "penalize", lambda: ops.penalize(logits, rows, counted, tables[0], ids, BLOCK_SIZE), label="output counted"
+    )
     yield Case("sample", lambda: ops.sample(logits, rows, plain, chosen, vocab), read)
     filtered = step.row_state.clone()
     yield Case("sample", lambda: ops.sample(logits, rows, filtered, chosen, vocab), read, label="top-k, top-p")
