@@ -13,6 +13,9 @@ constexpr int kTopK = 5;
 constexpr int kTopP = 6;
 constexpr int kMinP = 7;
 constexpr int kRepetitionPenalty = 8;
+constexpr int kPresencePenalty = 9;
+constexpr int kFrequencyPenalty = 10;
+constexpr int kPromptLength = 11;
 constexpr int kRowStateWidth = 16;
 
 constexpr int kFlagSample = 1;

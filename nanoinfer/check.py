@@ -10,7 +10,18 @@ from torch import Tensor
 
 import nanoinfer
 from nanoinfer import ops, reference
-from nanoinfer.row_state import FLAG_SAMPLE, FLAG_STORE, LENGTH, REPETITION_PENALTY, ROW_STATE_WIDTH, TEMPERATURE, TOP_P
+from nanoinfer.row_state import (
+    FLAG_SAMPLE,
+    FLAG_STORE,
+    FREQUENCY_PENALTY,
+    LENGTH,
+    PRESENCE_PENALTY,
+    PROMPT_LENGTH,
+    REPETITION_PENALTY,
+    ROW_STATE_WIDTH,
+    TEMPERATURE,
+    TOP_P,
+)
 
 Arguments = dict[str, Tensor | float | int | bool | None]
 
@@ -100,13 +111,12 @@ def int32(*values: object) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
-def _rows(count: int, length: int, penalty: float = 1.0) -> Tensor:
+def _rows(count: int, length: int) -> Tensor:
     """row_state of requests of one length that sample at temperature 1, and the last row."""
     state = torch.zeros(count + 1, ROW_STATE_WIDTH, dtype=torch.int32)
     state[:, LENGTH] = length
     floats = state.view(torch.float32)
-    floats[:, TEMPERATURE] = floats[:, TOP_P] = 1.0
-    floats[:, REPETITION_PENALTY] = penalty
+    floats[:, TEMPERATURE] = floats[:, TOP_P] = floats[:, REPETITION_PENALTY] = 1.0
     return state
 
 
@@ -152,12 +162,17 @@ def _paged_attention() -> Arguments:
 
 
 def _penalize() -> Arguments:
+    """Two rows of three ids: a prompt's one and two of output, which in the first row are the same."""
+    row_state = _rows(2, length=3)
+    row_state[:, PROMPT_LENGTH] = 1
+    for column, penalty in ((REPETITION_PENALTY, 1.5), (PRESENCE_PENALTY, -0.5), (FREQUENCY_PENALTY, 0.3)):
+        row_state.view(torch.float32)[:, column] = penalty
     return {
         "logits": torch.randn(2, 50),
         "sample_rows": int32(1, 0),
-        "row_state": _rows(2, length=3, penalty=1.5),
+        "row_state": row_state,
         "block_tables": int32([0], [1], [0]),
-        "slot_tokens": int32(*range(8)),
+        "slot_tokens": int32(0, 1, 1, 9, 4, 4, 6, 9),
         "block_size": 4,
     }
 

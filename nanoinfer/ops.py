@@ -187,10 +187,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, float_out: boo
 def penalize(
     logits: Tensor, sample_rows: Tensor, row_state: Tensor, block_tables: Tensor, slot_tokens: Tensor, block_size: int
 ) -> None:
-    """Repetition penalty in place (CTRL, Keskar et al., 2019): ids the row already holds lose, each once.
+    """Make ids that a row already holds less likely, in place. logits [L, V] float32.
 
-    logits [L, V] float32: a positive one is divided by the row's REPETITION_PENALTY, another multiplied. The row's
-    ids are the slot_tokens of its first LENGTH positions.
+    The row's ids are the slot_tokens of its first LENGTH positions. First, once for each of them, a positive logit is
+    divided by the row's REPETITION_PENALTY, another multiplied (CTRL, Keskar et al., 2019). Then an id of its output,
+    which is what comes after the first PROMPT_LENGTH positions, loses FREQUENCY_PENALTY * (its count there) +
+    PRESENCE_PENALTY, each operation rounded to float32: the result does not depend on the order of positions.
+    Raises RuntimeError (on CUDA, leaves out) where a length, slot or id that is looked at is out of range.
     """
     _ops.penalize(logits, sample_rows, row_state, block_tables, slot_tokens, block_size)
 

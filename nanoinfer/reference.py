@@ -11,9 +11,12 @@ from torch import Tensor
 from nanoinfer.row_state import (
     FLAG_SAMPLE,
     FLAG_STORE,
+    FREQUENCY_PENALTY,
     LAST_TOKEN,
     LENGTH,
     MIN_P,
+    PRESENCE_PENALTY,
+    PROMPT_LENGTH,
     REPETITION_PENALTY,
     SEED_HI,
     SEED_LO,
@@ -149,16 +152,19 @@ def thin_linear(x: Tensor, weight: Tensor, bias: Tensor | None, float_out: bool)
 def penalize(
     logits: Tensor, sample_rows: Tensor, row_state: Tensor, block_tables: Tensor, slot_tokens: Tensor, block_size: int
 ) -> None:
-    floats = row_state.view(torch.float32)
+    columns = [REPETITION_PENALTY, PRESENCE_PENALTY, FREQUENCY_PENALTY]
     for i, row in enumerate(sample_rows.tolist()):
-        length, penalty = int(row_state[row, LENGTH]), float(floats[row, REPETITION_PENALTY])
-        if row == row_state.shape[0] - 1 or penalty == 1.0:
+        repetition, presence, frequency = row_state.view(torch.float32)[row, columns].tolist()
+        if row == row_state.shape[0] - 1 or (repetition, presence, frequency) == (1, 0, 0):
             continue
-        pos = torch.arange(length, device=logits.device)
+        pos = torch.arange(int(row_state[row, LENGTH]), device=logits.device)
         at = block_tables[row, pos // block_size].long() * block_size + pos % block_size
-        seen = slot_tokens[at].long().unique()
+        ids = slot_tokens[at].long()
+        seen = ids.unique()
         picked = logits[i, seen]
-        logits[i, seen] = torch.where(picked > 0, picked / penalty, picked * penalty)
+        logits[i, seen] = torch.where(picked > 0, picked / repetition, picked * repetition)
+        output, counts = ids[int(row_state[row, PROMPT_LENGTH]) :].unique(return_counts=True)
+        logits[i, output] -= frequency * counts.to(logits.dtype) + presence
 
 
 def sample(logits: Tensor, sample_rows: Tensor, row_state: Tensor, tokens: Tensor, vocab_size: int) -> None:

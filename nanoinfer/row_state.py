@@ -12,7 +12,10 @@ TOP_K = 5  # 0: off
 TOP_P = 6  # float in (0, 1]
 MIN_P = 7  # float in [0, 1]
 REPETITION_PENALTY = 8  # float > 0; 1: off
-ROW_STATE_WIDTH = 16  # a power of two, so that a row is one 64-byte line; columns 9 to 15 are free
+PRESENCE_PENALTY = 9  # float in [-2, 2]; 0: off
+FREQUENCY_PENALTY = 10  # float in [-2, 2]; 0: off
+PROMPT_LENGTH = 11  # tokens that the request came with; what follows them is its output, recomputed or not
+ROW_STATE_WIDTH = 16  # a power of two, so that a row is one 64-byte line; columns 12 to 15 are free
 
 # Bits of the fourth column of a chunk in the step message: (row, start, end, flags).
 FLAG_SAMPLE = 1  # the chunk's last token wants logits and a sampled successor

@@ -17,8 +17,6 @@ MAX_CHOICES = 4096
 
 # vLLM's parameters that change nothing here, with the values that mean so; any other value is refused by name.
 NO_OP: NoOp = {
-    "presence_penalty": (0, 0.0),
-    "frequency_penalty": (0, 0.0),
     "min_tokens": (0,),
     "logprobs": (None,),
     "prompt_logprobs": (None,),
@@ -35,10 +33,14 @@ NO_OP: NoOp = {
 class SamplingParams:
     """How one request's tokens are chosen and when it ends. Wrong values raise InvalidRequest (a ValueError).
 
-    Probabilities are those of logits / temperature, cut by min_p, then top_k, then top_p.
+    Logits lose what the penalties say: repetition_penalty first, then frequency_penalty * (times that the output holds
+    the id) + presence_penalty * (1 if it does). Probabilities are those of logits / temperature, cut by min_p, then
+    top_k, then top_p.
     """
 
     n: int = 1  # completions of the prompt; a seed serves the first, seed + 1 the second, and so on
+    presence_penalty: float = 0.0  # -2 to 2; above 0, ids that the output already holds become less likely
+    frequency_penalty: float = 0.0  # -2 to 2; above 0, the more so the more often it holds them
     repetition_penalty: float = 1.0  # 1e-6 to 1e4; above 1, ids that prompt or output already hold become less likely
     temperature: float = 1.0  # 0 to 2; 0 is greedy
     top_p: float = 1.0  # (0, 1]: the fewest ids whose probabilities reach it
@@ -54,6 +56,8 @@ class SamplingParams:
     skip_special_tokens: bool = True  # leave special tokens out of the text
 
     def __post_init__(self) -> None:
+        check_number("presence_penalty", self.presence_penalty, -2, 2)
+        check_number("frequency_penalty", self.frequency_penalty, -2, 2)
         check_number("repetition_penalty", self.repetition_penalty, 1e-6, 1e4)
         check_number("temperature", self.temperature, 0, 2)
         check_number("top_p", self.top_p, 0, 1, open_low=True)

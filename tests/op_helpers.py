@@ -4,8 +4,10 @@ import torch
 from torch import Tensor
 
 from nanoinfer.row_state import (
+    FREQUENCY_PENALTY,
     LENGTH,
     MIN_P,
+    PRESENCE_PENALTY,
     REPETITION_PENALTY,
     ROW_STATE_WIDTH,
     SEED_HI,
@@ -61,7 +63,7 @@ def in_wider_rows(tensor: Tensor) -> Tensor:
 
 def make_rows(
     count: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, penalty: float = 1.0,
-    seed: int = 0,
+    presence: float = 0.0, frequency: float = 0.0, seed: int = 0,
 ) -> Tensor:  # fmt: skip
     """row_state of `count` requests with seeds of their own, and the last row, which belongs to none."""
     state = torch.zeros(count + 1, ROW_STATE_WIDTH, dtype=torch.int32)
@@ -71,7 +73,8 @@ def make_rows(
     state[:, TOP_K] = top_k
     floats = state.view(torch.float32)
     for column, value in (
-        (TEMPERATURE, temperature), (TOP_P, top_p), (MIN_P, min_p), (REPETITION_PENALTY, penalty)
+        (TEMPERATURE, temperature), (TOP_P, top_p), (MIN_P, min_p), (REPETITION_PENALTY, penalty),
+        (PRESENCE_PENALTY, presence), (FREQUENCY_PENALTY, frequency),
     ):  # fmt: skip
         floats[:, column] = value
     return state

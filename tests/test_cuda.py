@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nanoinfer import ops, reference
 from nanoinfer.check import EXAMPLES, int32
-from nanoinfer.row_state import FLAG_SAMPLE, FLAG_STORE, LAST_TOKEN, LENGTH
+from nanoinfer.row_state import FLAG_SAMPLE, FLAG_STORE, LAST_TOKEN, LENGTH, PROMPT_LENGTH
 
 pytestmark = [
     pytest.mark.gpu,
@@ -47,6 +47,8 @@ def another_example(name: str) -> dict:
         arguments["header"] = int32(0, 1, 1, 2)
         arguments["chunks"] = int32([1, 4, 6, FLAG_SAMPLE], [9, 9, 9, 9], [9, 9, 9, 9])
         arguments["edits"][0] = int32(1, 1, 3)
+    if name == "penalize":  # one row without penalties, one without any output yet
+        arguments["row_state"][0], arguments["row_state"][1, PROMPT_LENGTH] = make_rows(1)[0], 3
     return arguments
 
 
@@ -179,7 +181,7 @@ def test_sampled_tokens_are_the_cpus(kind: str) -> None:
 
 def test_padding_is_left_alone() -> None:
     """The last row belongs to no request: it draws nothing, loses nothing, and its state stays."""
-    logits, state = random(3, VOCAB), make_rows(2, top_k=5, penalty=1.5).cuda()
+    logits, state = random(3, VOCAB), make_rows(2, top_k=5, penalty=1.5, presence=1.0).cuda()
     before, logits_before = state.clone(), logits.clone()
     rows, tokens = int32(2, 2, 2).cuda(), int32(7, 7, 7).cuda()
     ops.penalize(logits, rows, state, int32([0], [0], [0]).cuda(), int32(1, 2, 3, 4).cuda(), 4)
@@ -193,7 +195,7 @@ def test_results_repeat_to_the_bit() -> None:
     logits, state = random(40, VOCAB), mixed_rows(40)
     x, weight, scale = (random(*s, dtype=torch.bfloat16) for s in ((16, 4864), (896, 4864), (4864,)))
     slot_tokens, tables = torch.arange(41 * 1024, dtype=torch.int32, device="cuda") % 500, torch.arange(41 * 64).int()
-    penalties = make_rows(40, penalty=1.3).cuda()
+    penalties = make_rows(40, penalty=1.3, presence=0.3, frequency=0.1).cuda()
     penalties[:, LENGTH] = 1000
     rows, noise, other = torch.arange(40, dtype=torch.int32, device="cuda"), random(2048, 2048), torch.cuda.Stream()
 

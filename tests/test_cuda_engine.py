@@ -33,12 +33,13 @@ def llm() -> Iterator[LLM]:
 
 
 def workload(llm: LLM) -> list[list[int]]:
-    """Tokens of requests that differ in everything: prompt, length, greedy or sampled, filters, penalty."""
+    """Tokens of requests that differ in everything: prompt, length, greedy or sampled, filters, penalties."""
     prompts = [[(7 * i + j) % 1000 + 5 for j in range(3 + 11 * (i % 9))] for i in range(24)]
     params = [
         SamplingParams(
             temperature=(0, 0.7, 1.0)[i % 3], top_k=(0, 20)[i % 2], top_p=(1.0, 0.9)[i // 2 % 2], seed=i,
-            repetition_penalty=(1.0, 1.2)[i % 5 == 0], max_tokens=4 + 5 * (i % 6), ignore_eos=True,
+            repetition_penalty=(1.0, 1.2)[i % 5 == 0], presence_penalty=(0, -0.3, 0.5, 0)[i % 4],
+            frequency_penalty=(0.2, 0, 0)[i // 3 % 3], max_tokens=4 + 5 * (i % 6), ignore_eos=True,
         )
         for i in range(24)
     ]  # fmt: skip

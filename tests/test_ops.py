@@ -293,6 +293,8 @@ REFUSED = [
     ("penalize", {"sample_rows": int32(0, 3)}, r"sample_rows\[1\] must be in \[0, 3\), got 3"),
     ("penalize", {"row_state": torch.zeros(3, 8).int()}, r"row_state must have shape \[any, 16\]"),
     ("penalize", {"row_state": at((0, row_state.LENGTH), 5)}, r"length of row 0 must be in \[0, 4\], got 5"),
+    ("penalize", {"row_state": at((0, row_state.PROMPT_LENGTH), 4)}, r"prompt length of row 0 .* in \[0, 3\], got 4"),
+    ("penalize", {"row_state": at((1, row_state.PROMPT_LENGTH), -9)}, r"prompt length of row 1 must be in .* got -9"),
     ("penalize", {"block_tables": int32([0], [1])}, r"block_tables must have shape \[3, any\]"),
     ("penalize", {"block_tables": int32([0], [2], [0])}, r"position 0 of row 1 must be at a slot in \[0, 8\), got 8"),
     ("penalize", {"slot_tokens": at(2, 50)}, r"token at position 2 of row 0 must be in \[0, 50\), got 50"),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from op_helpers import INT_CANARY, RedZone, bits, in_wider_rows, make_rows
+from op_helpers import INT_CANARY, RedZone, in_wider_rows, make_rows
 from torch import Tensor
 
 from nanoinfer import ops, reference
@@ -166,49 +166,3 @@ def test_what_is_not_finite_fails_its_row_alone(device: str, vocab: int, tempera
     assert tokens[:5].tolist() == [-1, -1, -1, -1, 0]
     assert tokens[5] >= 0
     assert state[:4, LAST_TOKEN].tolist() == [0, 0, 0, 0]  # an id that exists: the next step may look it up
-
-
-def seen_tokens(rows: int, length: int, vocab: int, block_size: int) -> tuple[Tensor, Tensor]:
-    """block_tables and slot_tokens of rows with blocks in random order; ids repeat; unused slots hold no id."""
-    generator = torch.Generator().manual_seed(3)
-    per_row = -(-length // block_size) + 1
-    tables = torch.randperm((rows + 1) * per_row, generator=generator).int().view(rows + 1, per_row)
-    slot_tokens = torch.full((tables.numel() * block_size,), INT_CANARY, dtype=torch.int32)
-    for row in range(rows):
-        for position in range(length):
-            slot = int(tables[row, position // block_size]) * block_size + position % block_size
-            slot_tokens[slot] = (
-                int(torch.randint(0, vocab, (), generator=generator)) if position % 3 else position % vocab
-            )
-    return tables, slot_tokens
-
-
-@pytest.mark.parametrize("block_size", [1, 4, 16])
-@pytest.mark.parametrize("vocab", [1, 37, 10_000])
-def test_penalize(device: str, vocab: int, block_size: int) -> None:
-    """Bit for bit the definition: each id that was seen loses once, in its own row alone; logits beside stay."""
-    rows, length = 5, 50
-    tables, slot_tokens = seen_tokens(rows, length, vocab, block_size)
-    row_state = make_rows(rows, penalty=1.3)
-    row_state[:, LENGTH] = torch.tensor([0, 1, 7, length, length, length])
-    sample_rows = torch.tensor([4, 5, 0, 2, 1, 3], dtype=torch.int32)
-    logits = random_logits(6, vocab, 2.0)
-    got, expected = in_wider_rows(logits.to(device)), logits.clone()
-    wide = got._base.clone()
-    arguments = [t.to(device) for t in (sample_rows, row_state, tables, slot_tokens)]
-    ops.penalize(got, *arguments, block_size)
-    reference.penalize(expected, sample_rows, row_state, tables, slot_tokens, block_size)
-    assert torch.equal(bits(got.cpu()), bits(expected))
-    wide[:, 1] = got
-    assert torch.equal(bits(got._base), bits(wide))
-    assert torch.equal(expected[1], logits[1])  # the scratch row
-    assert not torch.equal(expected[0], logits[0])
-
-
-def test_no_penalty_reads_nothing(device: str) -> None:
-    """Penalty 1 is off: such a row's ids may be anything."""
-    logits = random_logits(1, 10, 1.0).to(device)
-    row_state, tables = make_rows(1).to(device), torch.full((2, 1), INT_CANARY, dtype=torch.int32, device=device)
-    before = logits.clone()
-    ops.penalize(logits, torch.zeros(1, dtype=torch.int32, device=device), row_state, tables, tables[0], 4)
-    assert torch.equal(logits, before)

@@ -1,4 +1,4 @@
-// Repetition penalty: ids that a row already holds lose, each once.
+// Penalties: ids that a row already holds lose, each once; those of its output as often as it holds them.
 
 #include <string.h>
 
@@ -19,36 +19,47 @@ struct Penalize {
     int64_t vocab, logits_stride, num_rows, max_blocks, num_slots, block_size;
 };
 
-// One row's penalty and where its ids are; length 0 where there is nothing to do.
-struct Seen {
+// One row's penalties and where the ids are that they look at: those of positions from `begin` on.
+struct History {
     const int32_t* blocks;
-    int64_t length;
-    float penalty;
+    float repetition, presence, frequency;
+    bool counted;  // presence or frequency asks for something
+    int64_t begin, prompt_length, length;
 };
 
-Seen seen_by(const Penalize& p, int64_t i) {
+History history_of(const Penalize& p, int64_t i) {
     const int64_t row = p.sample_rows[i];
     const int32_t* state = p.row_state + row * kRowStateWidth;
-    float penalty;
-    memcpy(&penalty, state + kRepetitionPenalty, sizeof(penalty));
-    const bool off = row == p.num_rows - 1 || penalty == 1;
-    return {p.block_tables + row * p.max_blocks, off ? 0 : state[kLength], penalty};
+    History h;
+    h.blocks = p.block_tables + row * p.max_blocks;
+    memcpy(&h.repetition, state + kRepetitionPenalty, sizeof(float));
+    memcpy(&h.presence, state + kPresencePenalty, sizeof(float));
+    memcpy(&h.frequency, state + kFrequencyPenalty, sizeof(float));
+    h.counted = h.presence != 0 || h.frequency != 0;
+    h.prompt_length = h.counted ? state[kPromptLength] : 0;
+    const bool off = row == p.num_rows - 1 || (h.repetition == 1 && !h.counted);
+    h.length = off ? 0 : state[kLength];
+    h.begin = h.repetition == 1 ? h.prompt_length : 0;
+    return h;
 }
 
-// visit(position, slot) for each position of a row.
+// visit(position, slot) for each position of a row from `begin` on.
 template <typename Visit>
-void for_each_slot(const Penalize& p, const Seen& seen, Visit visit) {
-    for (int64_t position = 0; position < seen.length; ++position) {
-        visit(position, seen.blocks[position / p.block_size] * p.block_size + position % p.block_size);
+void for_each_slot(const Penalize& p, const History& h, int64_t begin, Visit visit) {
+    for (int64_t position = begin; position < h.length; ++position) {
+        visit(position, h.blocks[position / p.block_size] * p.block_size + position % p.block_size);
     }
 }
 
 void check_row(const char* op, const Penalize& p, int64_t i) {
-    const Seen seen = seen_by(p, i);
+    const History h = history_of(p, i);
+    if (h.length == 0) return;
     const int32_t row = p.sample_rows[i];
-    require(seen.length >= 0 && seen.length <= p.max_blocks * p.block_size, op, ": the length of row ", row,
-            " must be in [0, ", p.max_blocks * p.block_size, "], got ", seen.length);
-    for_each_slot(p, seen, [&](int64_t position, int64_t slot) {
+    require(h.length >= 0 && h.length <= p.max_blocks * p.block_size, op, ": the length of row ", row,
+            " must be in [0, ", p.max_blocks * p.block_size, "], got ", h.length);
+    require(h.prompt_length >= 0 && h.prompt_length <= h.length, op, ": the prompt length of row ", row,
+            " must be in [0, ", h.length, "], got ", h.prompt_length);
+    for_each_slot(p, h, h.begin, [&](int64_t position, int64_t slot) {
         if (slot < 0 || slot >= p.num_slots) {
             require(false, op, ": position ", position, " of row ", row, " must be at a slot in [0, ", p.num_slots,
                     "), got ", slot);
@@ -61,17 +72,33 @@ void check_row(const char* op, const Penalize& p, int64_t i) {
     });
 }
 
-// One bit an id remembers whether it has lost already; kept between rows, cleared by the way it was set.
-void penalize_row(const Penalize& p, int64_t i, std::vector<bool>& done) {
-    const Seen seen = seen_by(p, i);
-    float* logits = p.logits + i * p.logits_stride;
-    for_each_slot(p, seen, [&](int64_t, int64_t slot) {
+void penalize_repeated(const Penalize& p, const History& h, float* logits, int32_t* counts) {
+    for_each_slot(p, h, 0, [&](int64_t, int64_t slot) {
         const int32_t id = p.slot_tokens[slot];
-        if (done[id]) return;
-        done[id] = true;
-        logits[id] = logits[id] > 0 ? logits[id] / seen.penalty : logits[id] * seen.penalty;
+        if (counts[id]++) return;
+        logits[id] = logits[id] > 0 ? logits[id] / h.repetition : logits[id] * h.repetition;
     });
-    for_each_slot(p, seen, [&](int64_t, int64_t slot) { done[p.slot_tokens[slot]] = false; });
+    for_each_slot(p, h, 0, [&](int64_t, int64_t slot) { counts[p.slot_tokens[slot]] = 0; });
+}
+
+void penalize_counted(const Penalize& p, const History& h, float* logits, int32_t* counts) {
+    for_each_slot(p, h, h.prompt_length, [&](int64_t, int64_t slot) { ++counts[p.slot_tokens[slot]]; });
+    for_each_slot(p, h, h.prompt_length, [&](int64_t, int64_t slot) {
+        const int32_t id = p.slot_tokens[slot];
+        if (counts[id] == 0) return;  // an earlier position's visit has used it up
+        logits[id] -= h.frequency * float(counts[id]) + h.presence;
+        counts[id] = 0;
+    });
+}
+
+// counts: [vocab] zeros, and zeros again at the end: what set them clears them. Made by the first row that needs them.
+void penalize_row(const Penalize& p, int64_t i, std::vector<int32_t>& counts) {
+    const History h = history_of(p, i);
+    if (h.length == 0) return;
+    counts.resize(p.vocab);
+    float* logits = p.logits + i * p.logits_stride;
+    if (h.repetition != 1) penalize_repeated(p, h, logits, counts.data());
+    if (h.counted) penalize_counted(p, h, logits, counts.data());
 }
 
 void penalize(const Tensor& logits, const Tensor& sample_rows, const Tensor& row_state, const Tensor& block_tables,
@@ -104,8 +131,8 @@ void penalize(const Tensor& logits, const Tensor& sample_rows, const Tensor& row
     };
     for (int64_t i = 0; i < rows; ++i) check_row(op, params, i);
     torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
-        std::vector<bool> done(params.vocab);
-        for (int64_t i = begin; i < end; ++i) penalize_row(params, i, done);
+        std::vector<int32_t> counts;
+        for (int64_t i = begin; i < end; ++i) penalize_row(params, i, counts);
     });
 }
 

@@ -16,9 +16,12 @@ from nanoinfer.engine.sequence import Sequence
 from nanoinfer.row_state import (
     FLAG_SAMPLE,
     FLAG_STORE,
+    FREQUENCY_PENALTY,
     LAST_TOKEN,
     LENGTH,
     MIN_P,
+    PRESENCE_PENALTY,
+    PROMPT_LENGTH,
     REPETITION_PENALTY,
     ROW_STATE_WIDTH,
     SEED_HI,
@@ -40,7 +43,8 @@ def row_values(seq: Sequence) -> Ints:
     seeds[SEED_LO], seeds[SEED_HI] = seq.seed & 0xFFFFFFFF, seq.seed >> 32 & 0xFFFFFFFF
     floats[TEMPERATURE], floats[TOP_P] = params.sampled_temperature, params.top_p
     floats[MIN_P], floats[REPETITION_PENALTY] = params.min_p, params.repetition_penalty
-    state[TOP_K] = max(params.top_k, 0)
+    floats[PRESENCE_PENALTY], floats[FREQUENCY_PENALTY] = params.presence_penalty, params.frequency_penalty
+    state[TOP_K], state[PROMPT_LENGTH] = max(params.top_k, 0), seq.num_prompt_tokens
     return state
 
 
