@@ -69,7 +69,7 @@ def _read_gb_per_s(device: str, repeats: int) -> float:
     data = torch.ones(size // 4, device=device)
     half = data.numel() // 2
     # Adding up reads alone. On a GPU copying moves more bytes a second (an H200: 4.2 TB/s against 3.9): the adding was
-    # the limit. A CPU also copies faster than it reads, with instructions that only write, which is no help to a reader.
+    # the limit. A CPU also copies faster than it reads, by instructions that only write; no help to a reader.
     calls: list[Callable[[], object]] = [data.sum]
     if device == "cuda":
         calls.append(partial(data[:half].copy_, data[half:]))
