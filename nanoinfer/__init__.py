@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from nanoinfer.inputs import TextPrompt as TextPrompt
     from nanoinfer.inputs import TokensPrompt as TokensPrompt
     from nanoinfer.outputs import CompletionOutput as CompletionOutput
+    from nanoinfer.outputs import Logprob as Logprob
     from nanoinfer.outputs import RequestOutput as RequestOutput
     from nanoinfer.sampling_params import SamplingParams as SamplingParams
 
@@ -30,6 +31,7 @@ _HOME = {
     "SamplingParams": "sampling_params",
     "RequestOutput": "outputs",
     "CompletionOutput": "outputs",
+    "Logprob": "outputs",
     "TextPrompt": "inputs",
     "TokensPrompt": "inputs",
     "InvalidRequest": "errors",

@@ -42,7 +42,6 @@ NO_OP: NoOp = {
     "served_model_name": (None,),
     "download_dir": (None,),
     "hf_token": (None, False),
-    "max_logprobs": (20,),
     "enable_expert_parallel": (False,),
     "enable_prompt_embeds": (False,),
     "limit_mm_per_prompt": (None, {}),
@@ -77,6 +76,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.92  # share of a GPU's memory that the engine may take
     enable_prefix_caching: bool | None = None  # None: on
     enforce_eager: bool = False  # no CUDA graphs
+    max_logprobs: int = 20  # most that a request may ask for at each place; -1: any number
     async_scheduling: bool | None = None  # launch a step before the last one's tokens are read; None: on a GPU
 
     @classmethod
@@ -108,6 +108,7 @@ class EngineConfig:
 
     def _check_sizes(self) -> None:
         check_integer("max_num_seqs", self.max_num_seqs, 1, 2**16)
+        check_integer("max_logprobs", self.max_logprobs, -1, 2**31 - 1)
         if self.fixed_max_model_len is not None:
             check_integer("max_model_len", self.max_model_len, 2, 2**31 - 1)
         limits = {

@@ -4,6 +4,15 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
+class Logprob:
+    """One id at one place, by the model's logits as they are: before temperature, penalties and filters."""
+
+    logprob: float
+    rank: int | None  # 1 is the likeliest
+    decoded_token: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class CompletionOutput:
     """One generated continuation."""
 
@@ -12,6 +21,9 @@ class CompletionOutput:
     token_ids: list[int]
     finish_reason: str | None  # "stop", "length", "abort" or "error"; None while it runs
     stop_reason: int | str | None = None  # the stop_token_ids entry or stop string; None for end-of-sequence
+
+    cumulative_logprob: float | None = None  # of all its tokens, where logprobs were asked for
+    logprobs: list[dict[int, Logprob]] | None = None  # for each token: itself and the likeliest ids
 
     def finished(self) -> bool:
         return self.finish_reason is not None
@@ -52,6 +64,7 @@ class RequestOutput:
     num_cached_tokens: int = 0  # prompt tokens whose KV came from the prefix cache
     error: str | None = None  # why finish_reason is "error"
     metrics: RequestMetrics | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # as logprobs, of the prompt; its first has none
     index: int = 0  # of its prompt among those of one call of LLM.generate or LLM.stream
 
     def __getitem__(self, key: str) -> str | list[int]:

@@ -1,8 +1,9 @@
 """SamplingParams: what a request may ask for, with vLLM's names and defaults, validated when made."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from nanoinfer.errors import InvalidRequest
 from nanoinfer.options import NoOp, check_flag, check_integer, check_number, named_options
@@ -17,14 +18,7 @@ MAX_CHOICES = 4096
 
 # vLLM's parameters that change nothing here, with the values that mean so; any other value is refused by name.
 NO_OP: NoOp = {
-    "min_tokens": (0,),
-    "logprobs": (None,),
-    "prompt_logprobs": (None,),
     "spaces_between_special_tokens": (True,),
-    "bad_words": (None, []),
-    "logit_bias": (None,),
-    "allowed_token_ids": (None,),
-    "logits_processors": (None, []),
 }
 
 
@@ -52,6 +46,15 @@ class SamplingParams:
     stop_token_ids: Sequence[int] | None = None  # these end the request, as end-of-sequence ids do
     ignore_eos: bool = False  # go on past the model's end-of-sequence ids
     max_tokens: int | None = 16  # None: to the end of the model's or the cache's length
+    min_tokens: int = 0  # end-of-sequence and stop_token_ids are not chosen, and no stop string ends it, before so many
+    logprobs: int | None = None  # log probabilities of each token and of so many likeliest ones; -1: of all
+    prompt_logprobs: int | None = None  # the same of the prompt's tokens
+    bad_words: Sequence[str] | None = None  # texts whose last token is never chosen after the ones before it
+    logit_bias: Mapping[int, float] | None = None  # id: what is added to its logit, -100 to 100
+    allowed_token_ids: Sequence[int] | None = None  # no other ids
+    # Callables (output ids, logits) or (prompt ids, output ids, logits) -> logits [vocabulary], float32, on the device.
+    # Such a request runs every other step on a GPU, since the host has to know its tokens.
+    logits_processors: Sequence[Callable[..., Any]] | None = None
     detokenize: bool = True  # False: text stays empty
     skip_special_tokens: bool = True  # leave special tokens out of the text
 
@@ -71,6 +74,8 @@ class SamplingParams:
             check_flag(flag, getattr(self, flag))
         self._check_stop_token_ids()
         self._check_stop()
+        self._check_logprobs()
+        self._check_logits()
         check_integer("n", self.n, 1, MAX_CHOICES)
         if self.n > 1 and self.temperature == 0:
             raise InvalidRequest(f"n must be 1 with temperature = 0, whose completions are all the same; got {self.n}")
@@ -98,6 +103,35 @@ class SamplingParams:
         if stop and not self.detokenize:
             raise InvalidRequest(f"stop = {self.stop!r} needs detokenize=True: it is looked for in the text")
         object.__setattr__(self, "stop", tuple(stop))
+
+    def _check_logprobs(self) -> None:
+        check_integer("min_tokens", self.min_tokens, 0, 2**31 - 1)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidRequest(f"min_tokens must be at most max_tokens = {self.max_tokens}, got {self.min_tokens}")
+        for field in ("logprobs", "prompt_logprobs"):
+            if getattr(self, field) is True:
+                object.__setattr__(self, field, 1)
+            if getattr(self, field) is not None:
+                check_integer(field, getattr(self, field), -1, 2**31 - 1)
+
+    def _check_logits(self) -> None:
+        """Copies are kept: the caller's own may change."""
+        for id_, value in (self.logit_bias or {}).items():
+            check_integer("logit_bias's ids", int(id_) if isinstance(id_, str) and id_.isdigit() else id_, 0, 2**31 - 1)
+            check_number(f"logit_bias[{id_}]", value, -100, 100)
+        if self.logit_bias is not None:
+            object.__setattr__(self, "logit_bias", {int(id_): float(v) for id_, v in self.logit_bias.items()})
+        if self.allowed_token_ids is not None:
+            if not self.allowed_token_ids:
+                raise InvalidRequest("allowed_token_ids must hold at least 1 id, got none")
+            for i, id_ in enumerate(self.allowed_token_ids):
+                check_integer(f"allowed_token_ids[{i}]", id_, 0, 2**31 - 1)
+            object.__setattr__(self, "allowed_token_ids", tuple(map(int, self.allowed_token_ids)))
+        words = self.bad_words or []
+        if isinstance(words, str) or not all(isinstance(word, str) and word for word in words):
+            raise InvalidRequest(f"bad_words must be a list of strings, none of them empty, got {self.bad_words!r}")
+        if not all(map(callable, self.logits_processors or [])):
+            raise InvalidRequest(f"logits_processors must be callables, got {self.logits_processors!r}")
 
     @property
     def sampled_temperature(self) -> float:

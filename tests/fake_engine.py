@@ -25,7 +25,7 @@ from nanoinfer.engine.model_runner import CacheShape, DeviceTraits, ModelRunner,
 from nanoinfer.engine.request_table import row_values
 from nanoinfer.engine.requests import Limits
 from nanoinfer.engine.rows import Chunk, Ints, Step
-from nanoinfer.engine.sequence import Sequence, Status
+from nanoinfer.engine.sequence import Sequence, Status, TokenLogprobs
 from nanoinfer.engine.startup import Parts
 from nanoinfer.engine_config import EngineConfig
 from nanoinfer.outputs import RequestOutput
@@ -135,6 +135,9 @@ class LostStep:
 
     def tokens(self) -> Ints:
         raise RuntimeError("injected: the step is lost")
+
+    def told(self) -> dict[int, TokenLogprobs]:
+        raise AssertionError("tokens come first")
 
 
 class FakeRunner(ModelRunner):

@@ -98,7 +98,7 @@ def test_forms_of_token_ids(llm: LLM, prompt: object) -> None:
         "seed": [2**63, 1.5, "1", True],
         "max_tokens": [0, -1, 2**31, 1.5, float("nan"), True],
         "stop_token_ids": ["3", [-1], [1.5], [True], 3, list(range(1025))],
-        "n": [0], "stop": [[""]], "logprobs": [5], "min_tokens": [1],
+        "n": [0], "stop": [[""]], "logprobs": [-2], "min_tokens": [-1],
         "ignore_eos": [1, None, "yes"],
         "detokenize": [1],
         "skip_special_tokens": [0],

@@ -142,6 +142,6 @@ class AsyncLLMEngine:
             new = stream.reply.delta()
             if new is None:
                 continue
-            stream.send(new if stream.delta else stream.reply.output(self.engine.tokenizer))
+            stream.send(new if stream.delta else stream.reply.output())
             if new.finished:
                 self.streams.remove(stream)

@@ -117,7 +117,7 @@ class BlockManager:
     def _lookup(self, seq: Sequence) -> list[Entry]:
         """The published entries of seq's leading full blocks, as far as they reach."""
         hits: list[Entry] = []
-        if not self.enable_prefix_caching:
+        if not self.enable_prefix_caching or seq.params.prompt_logprobs is not None:  # those need every position run
             return hits
         parent: int | str = seq.cache_salt
         tokens = array("i", seq.tokens)

@@ -24,6 +24,7 @@ from nanoinfer.batch import Batch
 from nanoinfer.engine.model_runner import EMPTY_STEP, CacheShape, Model, ModelRunner, StepHandle, StepShape
 from nanoinfer.engine.rows import Rows, Step
 from nanoinfer.engine.sequence import Sequence
+from nanoinfer.engine.special import Special
 from nanoinfer.sampling_params import SamplingParams
 
 logger = logging.getLogger("nanoinfer")
@@ -88,8 +89,9 @@ class CudaRunner(ModelRunner):
         shape = StepShape.of(step)
         with torch.inference_mode(), torch.cuda.stream(self.stream):
             self._send(step, slot)
-            self._run(shape)
-            return self._read_back(step, slot, shape.num_samples)
+            special = self.special(step)
+            self._run(shape, special)
+            return self._read_back(step, slot, shape.num_samples, special)
 
     def _send(self, step: Step, slot: RingSlot) -> None:
         """The step's message to the device: one copy, and one more for each load of edits that goes ahead."""
@@ -100,9 +102,9 @@ class CudaRunner(ModelRunner):
                 self.apply(self.sections, self.batch(EMPTY_STEP))
                 self.stream.synchronize()  # the pinned message is written again
 
-    def _run(self, shape: StepShape) -> None:
+    def _run(self, shape: StepShape, special: Special | None) -> None:
         bucket = self._bucket(shape)
-        if graphs := self.graphs.get(bucket):
+        if special is None and (graphs := self.graphs.get(bucket)):
             graphs.forward.replay()
             self.stream.wait_stream(self.copy_stream)  # `sampled` still holds the last step's tokens
             graphs.sample.replay()
@@ -110,7 +112,7 @@ class CudaRunner(ModelRunner):
         batch = self.batch(StepShape(bucket, bucket, bucket) if bucket else shape)
         hidden = self._forward(batch)
         self.stream.wait_stream(self.copy_stream)
-        self.sample(batch, hidden)
+        self.sample(batch, hidden, special)
 
     def _bucket(self, shape: StepShape) -> int:
         """The number of requests that a step of decodes alone is rounded up to; 0: it has another shape."""
@@ -161,13 +163,13 @@ class CudaRunner(ModelRunner):
         finally:
             graph.capture_end()
 
-    def _read_back(self, step: Step, slot: RingSlot, num_samples: int) -> StepHandle:
+    def _read_back(self, step: Step, slot: RingSlot, num_samples: int, special: Special | None) -> StepHandle:
         self.copy_stream.wait_stream(self.stream)
         with torch.cuda.stream(self.copy_stream):
             tokens = slot.tokens[:num_samples]
             tokens.copy_(self.sampled[:num_samples], non_blocking=True)
             slot.arrived.record()
-        return StepHandle(step, tokens, slot.arrived.synchronize)
+        return StepHandle(step, tokens, slot.arrived.synchronize, special)
 
     def check_device(self) -> None:
         torch.cuda.synchronize(self.kv.device)  # after an illegal access every later call fails as well

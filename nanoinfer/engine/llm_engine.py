@@ -8,6 +8,7 @@ from time import monotonic
 from typing import cast
 
 from nanoinfer.engine.block_manager import BlockManager
+from nanoinfer.engine.logits_rules import make_rules
 from nanoinfer.engine.reply import Reply, TextStream
 from nanoinfer.engine.requests import Request, make_request
 from nanoinfer.engine.scheduler import Scheduler
@@ -109,7 +110,7 @@ class LLMEngine:
             raise InvalidRequest(f"request_id {request_id!r} belongs to an unfinished request")
         seqs = [self._sequence(request, request_id, i) for i in range(request.params.n)]
         follow = stream or bool(request.params.stop)
-        reply = Reply(seqs, [self._text_stream(request.params) for _ in seqs] if follow else [])
+        reply = Reply(seqs, [self._text_stream(request.params) for _ in seqs] if follow else [], self.tokenizer)
         self.replies[request_id] = reply
         if follow:
             self.watched[request_id] = reply
@@ -122,11 +123,12 @@ class LLMEngine:
         params, index = request.params, self.num_sequences
         self.num_sequences += 1
         eos = () if params.ignore_eos else self.model_config.eos_token_ids
+        stop_ids, length = frozenset(eos).union(params.stop_token_ids or ()), len(request.token_ids)
         return Sequence(
-            request_id, index, request.token_ids.copy(), len(request.token_ids), params, request.max_length,
-            frozenset(eos).union(params.stop_token_ids or ()),
+            request_id, index, request.token_ids.copy(), length, params, request.max_length, stop_ids,
             derived_seed(self.config.seed, index) if params.seed is None else int(params.seed) + choice,
             request.prompt, request.cache_salt, arrival_time=monotonic(),
+            rules=make_rules(params, request.bad_words, stop_ids, length, self.runner.device),
         )  # fmt: skip
 
     def _text_stream(self, params: SamplingParams) -> TextStream:
@@ -234,7 +236,7 @@ class LLMEngine:
         if reply is not None and reply.finished:
             del self.replies[request_id]
             self.watched.pop(request_id, None)
-            self.held.append(reply.output(self.tokenizer))
+            self.held.append(reply.output())
 
     def close(self) -> None:
         """Give the weights and the KV pool back; the engine serves nothing any more. Closing twice is fine."""

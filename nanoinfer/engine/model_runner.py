@@ -14,6 +14,8 @@ from nanoinfer import ops
 from nanoinfer.batch import Batch
 from nanoinfer.engine.request_table import RequestTable
 from nanoinfer.engine.rows import Ints, Step
+from nanoinfer.engine.sequence import TokenLogprobs
+from nanoinfer.engine.special import Special
 from nanoinfer.utils.memory import available_host_memory
 
 logger = logging.getLogger("nanoinfer")
@@ -96,11 +98,20 @@ class StepHandle:
     step: Step
     sampled: Tensor  # [samples] int32, in host memory
     wait: Callable[[], None]  # until they are there
+    special: Special | None = None
 
     def tokens(self) -> Ints:
         """One token for each chunk that samples, in order; -1 where logits were not finite. Waits for the step."""
         self.wait()
         return self.sampled.numpy()
+
+    def told(self) -> dict[int, TokenLogprobs]:
+        """Log probabilities asked for, by place among the tokens; those of prompts go to their sequences."""
+        if self.special is None:
+            return {}
+        for seq, place, told in self.special.prompt_told:
+            seq.prompt_logprobs[place] = told.read()
+        return {place: told.read() for place, told in self.special.told.items()}
 
 
 class ModelRunner:
@@ -117,6 +128,7 @@ class ModelRunner:
         self.model = model
         self.block_size = cache.block_size
         self.vocab_size = vocab_size
+        self.device = device
         self.max_chunks = max_chunks
         self.kv = cache.allocate(device)
         self.kv_layers = self.kv.unbind(0)
@@ -134,8 +146,12 @@ class ModelRunner:
             batch = self.batch(shape)
             for last in self.table.messages(step):
                 self.apply(self.table.sections, batch if last else self.batch(EMPTY_STEP))
-            self.sample(batch, self.model(batch, self.kv_layers))
-        return StepHandle(step, self.sampled[: shape.num_samples].clone(), wait=lambda: None)
+            special = self.special(step)
+            self.sample(batch, self.model(batch, self.kv_layers), special)
+        return StepHandle(step, self.sampled[: shape.num_samples].clone(), wait=lambda: None, special=special)
+
+    def special(self, step: Step) -> Special | None:
+        return Special(step, self.vocab_size) if step.special.any() else None
 
     def batch(self, shape: StepShape) -> Batch:
         """Views of the step's buffers, of the sizes that `shape` says."""
@@ -157,12 +173,18 @@ class ModelRunner:
             batch.logit_rows, batch.sample_rows, self.block_size,
         )  # fmt: skip
 
-    def sample(self, batch: Batch, hidden: Tensor) -> None:
+    def sample(self, batch: Batch, hidden: Tensor, special: Special | None = None) -> None:
         """Logits of the rows that want a successor, a slice at a time, and their next tokens into `sampled`."""
+        if special is not None:
+            special.tell_prompts(hidden, self.model.logits, self.logit_rows)
         for begin in range(0, batch.logit_rows.shape[0], self.logit_rows):
             part = slice(begin, begin + self.logit_rows)
             logits = self.model.logits(hidden.index_select(0, batch.logit_rows[part]))
+            if special is not None:
+                special.before(logits, begin)
             self.choose(logits, batch, part)
+            if special is not None:
+                special.after(self.sampled[: batch.logit_rows.shape[0]][part], begin)
 
     def choose(self, logits: Tensor, batch: Batch, part: slice) -> None:
         """The next tokens of one slice of sampled rows, from their logits; the table advanced by them."""

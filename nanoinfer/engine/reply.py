@@ -1,7 +1,9 @@
 """Reply: what becomes of one request, its sequences and, where somebody needs it before the end, their text."""
 
-from nanoinfer.engine.sequence import Sequence, Status
-from nanoinfer.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from dataclasses import replace
+
+from nanoinfer.engine.sequence import Sequence, Status, TokenLogprobs
+from nanoinfer.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from nanoinfer.utils.detokenizer import Detokenizer
 from nanoinfer.utils.stop_strings import StopFilter
 from nanoinfer.utils.tokenizer import Tokenizer
@@ -25,9 +27,9 @@ class TextStream:
         ids = seq.tokens[seq.num_prompt_tokens + self.num_tokens : end]
         self.num_tokens += len(ids)
         if self.detokenizer is not None:
-            self._show(self.detokenizer.push(ids))
+            self._show(self.detokenizer.push(ids), seq.params.min_tokens)
             if self.closed:
-                self._show(self.detokenizer.flush())
+                self._show(self.detokenizer.flush(), seq.params.min_tokens)
         if self.stops is None or self.stops.found is None:
             if self.closed and self.stops is not None:
                 self.text.append(self.stops.flush())
@@ -35,8 +37,8 @@ class TextStream:
         self.closed = True
         return self.stops.found
 
-    def _show(self, text: str) -> None:
-        if shown := self.stops.push(text) if self.stops is not None else text:
+    def _show(self, text: str, min_tokens: int) -> None:
+        if shown := self.stops.push(text, self.num_tokens > min_tokens) if self.stops is not None else text:
             self.text.append(shown)
 
     def delta(self, seq: Sequence) -> tuple[str, list[int]]:
@@ -50,8 +52,8 @@ class TextStream:
 class Reply:
     """One request's sequences, and their streams where it has stop strings or is streamed, else none."""
 
-    def __init__(self, seqs: list[Sequence], streams: list[TextStream]) -> None:
-        self.seqs, self.streams = seqs, streams
+    def __init__(self, seqs: list[Sequence], streams: list[TextStream], tokenizer: Tokenizer | None) -> None:
+        self.seqs, self.streams, self.tokenizer = seqs, streams, tokenizer
 
     @property
     def request_id(self) -> str:
@@ -61,12 +63,12 @@ class Reply:
     def finished(self) -> bool:
         return all(seq.status is Status.FINISHED for seq in self.seqs)
 
-    def output(self, tokenizer: Tokenizer | None) -> RequestOutput:
+    def output(self) -> RequestOutput:
         """All of it so far."""
         if self.streams:
             texts = ["".join(stream.text) for stream in self.streams]
         else:
-            texts = [_text(seq, tokenizer) for seq in self.seqs]
+            texts = [_text(seq, self.tokenizer) for seq in self.seqs]
         return self._pack([(text, seq.output_tokens) for text, seq in zip(texts, self.seqs, strict=True)])
 
     def delta(self) -> RequestOutput | None:
@@ -78,11 +80,28 @@ class Reply:
         first = self.seqs[0]
         return RequestOutput(
             first.request_id, first.prompt, first.tokens[: first.num_prompt_tokens],
-            [CompletionOutput(i, text, ids, seq.finish_reason, seq.stop_reason)
-             for i, (seq, (text, ids)) in enumerate(zip(self.seqs, parts, strict=True))],
+            [self._choice(i, *part) for i, part in enumerate(parts)],
             finished=self.finished, num_cached_tokens=first.num_cached_tokens,
             error=next((seq.error for seq in self.seqs if seq.error), None), metrics=self._metrics(),
+            prompt_logprobs=self._prompt_logprobs(),
         )  # fmt: skip
+
+    def _choice(self, index: int, text: str, ids: list[int]) -> CompletionOutput:
+        """`ids` are the sequence's last output tokens: all, or those that are new."""
+        seq = self.seqs[index]
+        output = CompletionOutput(index, text, ids, seq.finish_reason, seq.stop_reason)
+        if seq.params.logprobs is None:
+            return output
+        told = seq.logprobs[len(seq.output_tokens) - len(ids) :]
+        total = sum(each.logprobs[0] for each in seq.logprobs)
+        return replace(output, cumulative_logprob=total, logprobs=[as_dict(each, self.tokenizer) for each in told])
+
+    def _prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:
+        first = self.seqs[0]
+        if first.params.prompt_logprobs is None:
+            return None
+        told = [first.prompt_logprobs.get(place) for place in range(first.num_prompt_tokens)]
+        return [as_dict(each, self.tokenizer) if each else None for each in told]
 
     def _metrics(self) -> RequestMetrics:
         def earliest(times: list[float]) -> float:
@@ -95,6 +114,16 @@ class Reply:
             last_token_time=max(seq.finished_time for seq in self.seqs),
             num_preemptions=sum(seq.num_preemptions for seq in self.seqs),
         )
+
+
+def as_dict(told: TokenLogprobs, tokenizer: Tokenizer | None) -> dict[int, Logprob]:
+    """By id: the one that stands there first, then the likeliest, in falling order."""
+    ranks = [told.rank, *range(1, len(told.ids))]
+    found: dict[int, Logprob] = {}
+    for id_, logprob, rank in zip(told.ids, told.logprobs, ranks, strict=True):
+        text = tokenizer.decode([id_], False) if tokenizer is not None else None
+        found.setdefault(id_, Logprob(logprob, rank, text))
+    return found
 
 
 def _text(seq: Sequence, tokenizer: Tokenizer | None) -> str:

@@ -1,6 +1,6 @@
 """From what a user passes to a validated request: refused here, with field, value and limit, or never."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -21,6 +21,7 @@ class Limits:
     vocab_size: int
     max_model_len: int  # prompt and output tokens together
     pool_tokens: int  # tokens that the whole KV pool holds
+    max_logprobs: int = 20  # likeliest ids to tell of at each place; -1: any number
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class Request:
     params: SamplingParams
     cache_salt: str
     max_length: int
+    bad_words: list[list[int]]
 
 
 def make_request(prompt: PromptType, params: SamplingParams, tokenizer: Tokenizer | None, limits: Limits) -> Request:
@@ -46,11 +48,24 @@ def make_request(prompt: PromptType, params: SamplingParams, tokenizer: Tokenize
     _check_length(len(token_ids), limits)
     if params.stop and tokenizer is None:
         raise InvalidRequest(f"stop = {list(params.stop)} needs a tokenizer, but skip_tokenizer_init=True")
-    for token in params.stop_token_ids or ():
-        if token >= limits.vocab_size:
-            raise InvalidRequest(f"stop_token_ids holds {token}; the vocabulary has {limits.vocab_size} ids")
+    for field in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+        for token in getattr(params, field) or ():
+            if token >= limits.vocab_size:
+                raise InvalidRequest(f"{field} holds {token}; the vocabulary has {limits.vocab_size} ids")
+    for field in ("logprobs", "prompt_logprobs"):
+        if (count := getattr(params, field) or 0) > limits.max_logprobs or (count < 0 <= limits.max_logprobs):
+            raise InvalidRequest(f"{field} must be at most max_logprobs = {limits.max_logprobs}, got {count}")
+    bad_words = _encode_words(params.bad_words or (), tokenizer)
     end = limits.max_model_len if params.max_tokens is None else len(token_ids) + params.max_tokens
-    return Request(text, token_ids, params, salt, min(end, limits.max_model_len, limits.pool_tokens))
+    return Request(text, token_ids, params, salt, min(end, limits.max_model_len, limits.pool_tokens), bad_words)
+
+
+def _encode_words(words: Sequence[str], tokenizer: Tokenizer | None) -> list[list[int]]:
+    """Each word's ids at the start of a text and, where they differ, after a space."""
+    if words and tokenizer is None:
+        raise InvalidRequest(f"bad_words = {list(words)} needs a tokenizer, but skip_tokenizer_init=True")
+    found = [tokenizer.encode(space + word.lstrip()) for word in words for space in ("", " ")] if tokenizer else []
+    return [list(ids) for ids in dict.fromkeys(map(tuple, found)) if ids]
 
 
 def _unpack(prompt: PromptType) -> tuple[str | None, object | None, str]:

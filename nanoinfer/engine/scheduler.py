@@ -16,7 +16,7 @@ import numpy as np
 
 from nanoinfer.engine.block_manager import BlockManager
 from nanoinfer.engine.rows import Ints, Rows, Step
-from nanoinfer.engine.sequence import Sequence, Status
+from nanoinfer.engine.sequence import Sequence, Status, TokenLogprobs
 
 _arrival = attrgetter("index")
 
@@ -56,6 +56,7 @@ class Scheduler:
         table, rows = self.rows, self._rows_of_running()
         length = table.length[rows]
         rows = rows[(length - table.scheduled[rows] == 1) & (length < table.max_length[rows])]
+        rows = rows[~(table.waits[rows] & (table.in_flight[rows] > 0))]
         for row in rows[table.length[rows] > table.num_blocks[rows] * self.blocks.block_size].tolist():
             if table.running[row]:  # else it has just given way to an earlier one
                 self._make_room(table.seqs[row])
@@ -109,20 +110,23 @@ class Scheduler:
             self.num_cached += seq.num_cached_tokens
         return seq
 
-    def commit(self, step: Step, tokens: Ints) -> list[Sequence]:
-        """Take back a step's sampled tokens, one for each chunk that samples; the sequences that it finished."""
+    def commit(self, step: Step, tokens: Ints, told: dict[int, TokenLogprobs] | None = None) -> list[Sequence]:
+        """Take back a step's sampled tokens, one for each chunk that samples; the sequences that it finished.
+
+        told: log probabilities of some of them, by their place among the tokens.
+        """
         table, size = self.rows, self.blocks.block_size
         table.in_flight[step.rows] -= 1
         running = table.running[step.rows]
         table.committed[step.rows[running]] = step.ends[running]
         for i in np.flatnonzero(running & (step.ends // size > step.starts // size)).tolist():
             self.blocks.publish(step.seqs[i], int(step.ends[i]))
-        finished = self._take(step, tokens)
+        finished = self._take(step, tokens, told or {})
         for i in np.flatnonzero(~running).tolist():
             self._free_row(step.seqs[i])
         return finished
 
-    def _take(self, step: Step, tokens: Ints) -> list[Sequence]:
+    def _take(self, step: Step, tokens: Ints, told: dict[int, TokenLogprobs]) -> list[Sequence]:
         """Append each sampled token to its sequence; those for which it was the last.
 
         A sequence that ended while this was in flight drops its surplus token; a preempted one still takes it.
@@ -132,6 +136,9 @@ class Scheduler:
         takes = table.unfinished[rows] & (tokens >= 0)
         for i, token in zip(np.flatnonzero(takes).tolist(), tokens[takes].tolist(), strict=True):
             seqs[i].tokens.append(token)
+        for i, logprobs in told.items():
+            if takes[i]:
+                seqs[i].logprobs.append(logprobs)
         self.num_generated += int(np.count_nonzero(takes))
         for i in np.flatnonzero(ends == table.prompt_length[rows]).tolist():
             seqs[i].first_token_time = monotonic()

@@ -2,11 +2,21 @@
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
+from nanoinfer.engine.logits_rules import LogitsRules
 from nanoinfer.engine.rows import Rows
 from nanoinfer.sampling_params import SamplingParams
 
 NOBODYS = Rows(0)
+
+
+class TokenLogprobs(NamedTuple):
+    """Log probabilities at one place: of the id that stands there, then of the likeliest ones."""
+
+    ids: list[int]
+    logprobs: list[float]
+    rank: int  # of the id that stands there
 
 
 class Status(Enum):
@@ -40,6 +50,10 @@ class Sequence:
     num_preemptions: int = 0
     num_cached_tokens: int = 0  # of the prompt, when it was first admitted
 
+    rules: LogitsRules | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # one for each output token, where they are asked for
+    prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # by position
+
     rows: Rows = NOBODYS
     row: int = -1  # in `rows`, and in the device's table of requests
     block_table: list[int] = field(default_factory=list)
@@ -53,6 +67,12 @@ class Sequence:
     scheduled_time: float = 0.0
     first_token_time: float = 0.0
     finished_time: float = 0.0
+
+    @property
+    def is_special(self) -> bool:
+        """Whether it wants more than tokens: its logits changed, or log probabilities told."""
+        params = self.params
+        return self.rules is not None or params.logprobs is not None or params.prompt_logprobs is not None
 
     @property
     def length(self) -> int:

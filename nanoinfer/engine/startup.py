@@ -156,4 +156,4 @@ def _plan_limits(config: EngineConfig, model: ModelConfig, cache: CacheShape) ->
             f"max_model_len = {length}, but the KV pool holds {pool_tokens} tokens: pass max_model_len={pool_tokens} "
             "(or -1 for what fits), or raise kv_cache_memory_bytes or num_gpu_blocks_override"
         )
-    return Limits(model.vocab_size, length, pool_tokens)
+    return Limits(model.vocab_size, length, pool_tokens, config.max_logprobs)

@@ -47,14 +47,14 @@ class StepLoop:
     def _commit(self) -> list[Sequence]:
         handle = self.launched.popleft()
         try:
-            tokens = handle.tokens()
+            tokens, told = handle.tokens(), handle.told()
         except Exception as error:
             failed = self._fail(handle.step, error)
             for later in self.launched:
                 self.scheduler.roll_back(later.step)
             self.launched.clear()
             return failed
-        return self.scheduler.commit(handle.step, tokens)
+        return self.scheduler.commit(handle.step, tokens, told)
 
     def _fail(self, step: Step, error: Exception) -> list[Sequence]:
         """End the requests of a step that failed; EngineDead where the device will not run another one.
