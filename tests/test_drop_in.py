@@ -55,15 +55,20 @@ def test_nano_vllms_example_and_bench() -> None:
 
 
 def test_what_research_scripts_pass_along() -> None:
-    """Options and prompts as lm-eval and TRL hand them over, but for log probabilities."""
+    """Options and prompts as lm-eval and TRL hand them over, and what lm-eval reads of a prompt's log probabilities."""
     llm = LLM(
         model=DEMO, revision=None, dtype="auto", tokenizer=None, tokenizer_mode="auto", tokenizer_revision=None,
         trust_remote_code=False, tensor_parallel_size=1, max_model_len=None, max_num_seqs=None, quantization=None,
         seed=1234, enable_lora=False, gpu_memory_utilization=0.9,
     )  # fmt: skip
-    params = [SamplingParams(temperature=0, max_tokens=1, detokenize=False)] * 2
+    params = [SamplingParams(temperature=0, prompt_logprobs=1, max_tokens=1, detokenize=False)] * 2
     outputs = llm.generate([TokensPrompt(prompt_token_ids=[5, 6, 7])] * 2, sampling_params=params, use_tqdm=False)
-    assert [len(output.outputs[0].token_ids) for output in outputs] == [1, 1]
+    for output in outputs:
+        assert len(output.outputs[0].token_ids) == 1
+        assert output.prompt_logprobs[0] is None
+        for token, told in zip([6, 7], output.prompt_logprobs[1:], strict=True):
+            assert told[token].logprob < 0 and 1 <= len(told) <= 2
+            assert (max(told, key=lambda id_: told[id_].logprob) == token) == (told[token].rank == 1)
     assert llm.generate([{"prompt_token_ids": [5, 6]}], use_tqdm=False)[0].finished
     assert llm.llm_engine.reset_prefix_cache()
     assert llm.get_tokenizer().encode("def") and llm.get_default_sampling_params().temperature is not None
