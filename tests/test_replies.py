@@ -1,6 +1,7 @@
 """What a request gives back: stop strings, several completions, streams, chats, times. On the demo model."""
 
 import gc
+import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -132,6 +133,28 @@ def test_errors_can_be_returned(llm: LLM) -> None:
     assert outs[2]["text"] == text_of(llm, PROMPTS[1])["text"]
     with pytest.raises(InvalidRequest, match="on_error must be 'raise' or 'return', got 'ignore'"):
         llm.generate(prompts, GREEDY, on_error="ignore")
+
+
+def test_a_second_thread_is_told_so(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would otherwise write into the first one's half-written books; nothing of the first is harmed."""
+    engine = llm.llm_engine
+    step, errors = engine.loop.step, []
+
+    def intrude() -> None:
+        with pytest.raises(RuntimeError) as error:
+            engine.step()
+        errors.append(str(error.value))
+
+    def slow_step() -> list:
+        second = threading.Thread(target=intrude)
+        second.start()
+        second.join()
+        return step()
+
+    alone = text_of(llm, PROMPTS[0])["text"]
+    monkeypatch.setattr(engine.loop, "step", slow_step)
+    assert text_of(llm, PROMPTS[0])["text"] == alone
+    assert len(errors) >= 40 and all("another thread is in step()" in error for error in errors)
 
 
 def test_stats_follow_the_requests(llm: LLM) -> None:
