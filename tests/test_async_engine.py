@@ -60,13 +60,15 @@ def test_a_cancelled_caller_ends_its_request_alone(engine: AsyncLLMEngine) -> No
     async def cancel_one() -> list[RequestOutput]:
         task = asyncio.create_task(collect(engine, PROMPTS[0], LONG))
         other = asyncio.create_task(collect(engine, PROMPTS[1], GREEDY))
-        while not engine.engine.replies:
+        while not engine.streams or engine.streams[0].reply is None:
             await asyncio.sleep(0)
+        cancelled = engine.streams[0].reply.seqs[0]
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
         outputs = await other
         await idle(engine)
+        assert cancelled.finish_reason == "abort", "it ran on to its end, unread"
         return outputs
 
     assert run(cancel_one())[-1].finished
@@ -78,8 +80,10 @@ def test_leaving_the_loop_ends_the_request(engine: AsyncLLMEngine) -> None:
         generator = engine.generate(PROMPTS[0], LONG)
         async for _ in generator:
             break
+        (seq,) = engine.streams[0].reply.seqs
         await generator.aclose()
         await idle(engine)
+        assert seq.finish_reason == "abort", "it ran on to its end, unread"
 
     run(leave())
 
