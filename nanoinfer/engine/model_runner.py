@@ -109,9 +109,9 @@ class StepHandle:
         """Log probabilities asked for, by place among the tokens; those of prompts go to their sequences."""
         if self.special is None:
             return {}
-        for seq, place, told in self.special.prompt_told:
-            seq.prompt_logprobs[place] = told.read()
-        return {place: told.read() for place, told in self.special.told.items()}
+        for seq, first, told in self.special.prompt_told:
+            seq.prompt_logprobs.update(enumerate(told.read(), first))
+        return {place: told.read()[0] for place, told in self.special.told.items()}
 
 
 class ModelRunner:
