@@ -107,6 +107,17 @@ def test_deltas_make_the_text(llm: LLM, options: dict[str, object]) -> None:
     assert count > max(len(choice.token_ids) for out in whole for choice in out.outputs) / 2
 
 
+def test_a_stop_token_is_no_part_of_a_stream(llm: LLM) -> None:
+    """Its id is among the tokens; what it would read as is not in the text, streamed or whole."""
+    ids = text_of(llm, PROMPTS[0])["token_ids"]
+    params = SamplingParams(temperature=0, max_tokens=40, stop_token_ids=[ids[7]])
+    (whole,) = llm.generate(PROMPTS[0], params, use_tqdm=False)
+    end = ids.index(ids[7])
+    assert whole["token_ids"] == ids[: end + 1]
+    assert whole["text"] == llm.llm_engine.tokenizer.decode(ids[:end], True)
+    assert "".join(delta["text"] for delta in llm.stream(PROMPTS[0], params)) == whole["text"]
+
+
 def test_leaving_a_stream_ends_its_requests(llm: LLM) -> None:
     """Nobody pays for tokens that nobody reads."""
     for delta in llm.stream(PROMPTS, GREEDY):
