@@ -158,6 +158,7 @@ def _paged_attention() -> Arguments:
         "block_tables": int32([2, 0], [0, 0]),
         "scale": 0.2,
         "window": 0,
+        "tables_ready": False,
     }
 
 

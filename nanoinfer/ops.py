@@ -30,7 +30,7 @@ SCHEMAS = {
     "rotary_store_kv": "(Tensor(a!) q, Tensor k, Tensor v, Tensor(b!) kv, Tensor positions, Tensor slots, "
     "Tensor cos_sin, bool interleaved) -> ()",
     "paged_attention": "(Tensor q, Tensor kv, Tensor q_starts, Tensor kv_lens, Tensor rows, Tensor block_tables, "
-    "float scale, int window) -> Tensor",
+    "float scale, int window, bool tables_ready=False) -> Tensor",
     "thin_linear": "(Tensor x, Tensor weight, Tensor? bias, bool float_out) -> Tensor",
     "penalize": "(Tensor(a!) logits, Tensor sample_rows, Tensor row_state, Tensor block_tables, Tensor slot_tokens, "
     "int block_size) -> ()",
@@ -154,15 +154,21 @@ def rotary_store_kv(
 
 def paged_attention(
     q: Tensor, kv: Tensor, q_starts: Tensor, kv_lens: Tensor, rows: Tensor, block_tables: Tensor,
-    scale: float, window: int = 0,
+    scale: float, window: int = 0, tables_ready: bool = False,
 ) -> Tensor:  # fmt: skip
     """Causal attention of every chunk of a step to its sequence's paged K and V; any mix of chunk lengths.
 
     q [T, Hq, D]; kv [blocks, 2, Hkv, block_size, D]; the rest as in Batch. Query i of chunk r stands at position
     kv_lens[r] - (chunk length) + i and sees keys up to its own, its own included, and of these only the last
     `window` where window > 0. Returns [T, Hq, D]; tokens that belong to no chunk are left unwritten.
+
+    tables_ready, which matters on CUDA alone, is the caller's word that whatever wrote q_starts, kv_lens, rows and
+    block_tables had ended before the kernel ahead of this op in the stream began: they are then read, and the work
+    shared out, while that kernel still runs. Where it is not so, results are wrong now and then.
     """
-    return _ops.paged_attention(q, kv, q_starts, kv_lens, rows, block_tables, scale, window)  # type: ignore[no-any-return]
+    return _ops.paged_attention(  # type: ignore[no-any-return]
+        q, kv, q_starts, kv_lens, rows, block_tables, scale, window, tables_ready
+    )
 
 
 def thin_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, float_out: bool = False) -> Tensor:

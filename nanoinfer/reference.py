@@ -119,7 +119,7 @@ def rotary_store_kv(
 
 def paged_attention(
     q: Tensor, kv: Tensor, q_starts: Tensor, kv_lens: Tensor, rows: Tensor, block_tables: Tensor,
-    scale: float, window: int,
+    scale: float, window: int, tables_ready: bool = False,
 ) -> Tensor:  # fmt: skip
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     starts = q_starts.tolist()

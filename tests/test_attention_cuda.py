@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from op_helpers import assert_error
 from test_attention import NO_CHUNK, Case, Chunks, int32, make_case
 
 from nanoinfer import ops
+from nanoinfer.row_state import FLAG_STORE, ROW_STATE_WIDTH
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -75,6 +77,68 @@ def test_tokens_of_no_chunk_stay_unwritten() -> None:
     graph.replay()
     assert torch.equal(out[-NO_CHUNK:], torch.full_like(out[-NO_CHUNK:], 7))
     assert not out[:-NO_CHUNK].isnan().any()
+
+
+def random_step(generator: torch.Generator, rows: int, width: int) -> dict[str, torch.Tensor]:
+    """The message of a decode step: some of the rows, each with a new length and a new block table."""
+    some = torch.randperm(rows, generator=generator)[: int(torch.randint(rows + 1, (), generator=generator))]
+    ends = torch.randint(1, 16 * width, some.shape, generator=generator)
+    blocks = torch.randperm(rows * width, generator=generator).view(rows, width)
+    chunks, edits = torch.zeros(rows, 4), torch.zeros(rows * width, 3)
+    chunks[: len(some)] = torch.stack((some, ends - 1, ends, torch.full_like(some, FLAG_STORE)), 1)
+    edits[:] = torch.stack((torch.arange(rows).repeat_interleave(width), torch.arange(width).repeat(rows),
+                            blocks.flatten()), 1)  # fmt: skip
+    header = torch.tensor([0, rows * width, len(some), len(some)])
+    tokens = torch.randint(100, (rows,), generator=generator)
+    message = {"header": header, "edits": edits, "chunks": chunks, "new_tokens": tokens}
+    return {name: part.int() for name, part in message.items()}
+
+
+def test_tables_are_read_early_but_not_too_early() -> None:
+    """A captured chain as the engine's, replayed with other rows, lengths and block tables: none is an older step's."""
+    rows, width, heads, kv_heads, dim = 8, 100, 14, 2, 64
+    generator = torch.Generator().manual_seed(0)
+    random = torch.Generator("cuda").manual_seed(0)
+    table = {
+        "row_state": (rows + 1, ROW_STATE_WIDTH),
+        "block_tables": (rows + 1, width),
+        "slot_tokens": (16 * rows * width,),
+    }
+    sizes = dict.fromkeys(("tokens", "positions", "slots", "kv_lens", "rows", "logit_rows", "sample_rows"), (rows,))
+    step = {k: v.cuda() for k, v in random_step(generator, rows, width).items()}
+    step["new_rows"] = int32([0], "cuda").expand(1, 1 + ROW_STATE_WIDTH).contiguous()
+    batch = {k: torch.zeros(n, dtype=torch.int32, device="cuda")
+             for k, n in {**table, **sizes, "q_starts": (rows + 1,)}.items()}  # fmt: skip
+    kv = torch.randn(3, rows * width, 2, kv_heads, 16, dim, device="cuda", generator=random).bfloat16()
+    weight = torch.randn(100, (heads + 2 * kv_heads) * dim, device="cuda", generator=random).bfloat16()
+    angles = torch.randn(16 * width, dim, device="cuda", generator=random)
+
+    def attend(q: torch.Tensor, layer: torch.Tensor, ready: bool) -> torch.Tensor:
+        tables = (batch[name] for name in ("q_starts", "kv_lens", "rows", "block_tables"))
+        return ops.paged_attention(q, layer, *tables, dim**-0.5, tables_ready=ready)
+
+    def run() -> list[tuple[torch.Tensor, torch.Tensor]]:
+        ops.prepare_batch(**step, **batch, block_size=16)
+        x, results = F.embedding(batch["tokens"], weight), []
+        for layer in kv:
+            x = ops.rms_norm(x, weight[0], 1e-6)
+            q, k, v = x.view(rows, -1, dim).split([heads, kv_heads, kv_heads], 1)
+            ops.rotary_store_kv(q, k, v, layer, batch["positions"], batch["slots"], angles)
+            results.append((q, attend(q, layer, ready=True)))
+        return results
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()
+    for _ in range(300):
+        for name, part in random_step(generator, rows, width).items():
+            step[name].copy_(part)
+        graph.replay()
+        count = int(step["header"][2])
+        for (q, out), layer in zip(results, kv, strict=True):
+            assert torch.equal(out[:count], attend(q, layer, ready=False)[:count]), count
 
 
 @pytest.mark.parametrize("name", ["q_starts", "kv_lens", "rows", "block_tables"])

@@ -107,7 +107,8 @@ void run(PagedAttention& p, const Plan& plan, const Tensor& like) {
 }
 
 Tensor paged_attention(const Tensor& q, const Tensor& kv, const Tensor& q_starts, const Tensor& kv_lens,
-                       const Tensor& rows, const Tensor& block_tables, double scale, int64_t window) {
+                       const Tensor& rows, const Tensor& block_tables, double scale, int64_t window,
+                       bool /* tables_ready: every op has ended when the next one begins */) {
     check_sizes(q, kv, scale, window);
     Want(kOp, "kv_lens", kv_lens).dtype(ScalarType::Int).shape({-1}).dense(0).same_device(q);
     const int64_t chunks = kv_lens.size(0);

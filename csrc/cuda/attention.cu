@@ -79,7 +79,7 @@ void check_limits(const Tensor& q, const Tensor& kv, const Tensor& kv_lens, cons
 
 PagedAttention make_params(const Tensor& q, const Tensor& kv, const Tensor& q_starts, const Tensor& kv_lens,
                            const Tensor& rows, const Tensor& block_tables, const Tensor& out, double scale,
-                           int64_t window) {
+                           int64_t window, bool tables_ready) {
     const int tokens = int(q.size(0)), chunks = int(kv_lens.size(0)), kv_heads = int(kv.size(2));
     const int positions = int(block_tables.size(1) * kv.size(3));
     const int splits = std::min(std::max(kMaxItems / kv_heads, 1), ceil_div(positions, kMinSplit));
@@ -110,6 +110,7 @@ PagedAttention make_params(const Tensor& q, const Tensor& kv, const Tensor& q_st
         .decode_tokens = tokens <= chunks ? tokens : kDecodeTokens,
         .scale = float(scale),
         .scale_log2 = float(scale * 1.4426950408889634),
+        .tables_ready = tables_ready,
     };
 }
 
@@ -157,7 +158,8 @@ cudaError_t attend(ScalarType dtype, int64_t head_dim, const PagedAttention& p, 
 }
 
 Tensor paged_attention(const Tensor& q, const Tensor& kv, const Tensor& q_starts, const Tensor& kv_lens,
-                       const Tensor& rows, const Tensor& block_tables, double scale, int64_t window) {
+                       const Tensor& rows, const Tensor& block_tables, double scale, int64_t window,
+                       bool tables_ready) {
     check_tensors(q, kv, q_starts, kv_lens, rows, block_tables);
     check_values(q, kv, scale, window);
     const int device = q.device().index();
@@ -166,7 +168,7 @@ Tensor paged_attention(const Tensor& q, const Tensor& kv, const Tensor& q_starts
     const Tensor out = torch::stable::new_empty(q, torch::headeronly::IntHeaderOnlyArrayRef(sizes, 3));
     if (q.numel() == 0 || kv_lens.size(0) == 0) return out;
     check_limits(q, kv, kv_lens, block_tables);
-    PagedAttention p = make_params(q, kv, q_starts, kv_lens, rows, block_tables, out, scale, window);
+    PagedAttention p = make_params(q, kv, q_starts, kv_lens, rows, block_tables, out, scale, window, tables_ready);
     const bool merges = q.scalar_type() != ScalarType::Float && p.max_parts > 1;
     const int64_t parts = merges ? int64_t(p.chunks) * p.max_parts : 0;
     const Tensor partial_out = new_floats({parts, p.q_heads, q.size(2)}, q);

@@ -122,20 +122,22 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     const uint32_t ring = shared_address(shared) + warp * Shape::kRingBytes;
     auto& all = *reinterpret_cast<BlockSums<Shape>*>(shared + Shape::kWarps * Shape::kRingBytes);
 
-    wait_for_earlier_kernels();
-    let_next_kernel_start();  // not earlier: the merge kernel reads lengths without waiting
+    if (!p.tables_ready) wait_for_earlier_kernels();
     KeyFeed<Shape> feed(p, all.list.items, ring);
     DecodeRows<T, D, Shape::kRowTiles> rows;
     const float slack = kSlack / p.scale_log2;
     int stage = 0, count = kListed;
     for (int first = blockIdx.y; count == kListed; first += kListed * gridDim.y) {
         count = list_items<Shape::kRows>(p, first, all.list);
-        if (count == 0) return;
         feed.start(count);
+        wait_for_earlier_kernels();  // for queries, and the chunks' own keys and values
+        let_next_kernel_start();     // not earlier: the merge kernel reads lengths without waiting
+        if (count == 0) return;
+        rows.load_queries(p, all.list.items[0]);  // ahead of the copies, which take longer
         for (int i = 0; i < Shape::kStages; ++i) feed.push();
         for (int i = 0; i < count; ++i) {
             const DecodeItem& item = all.list.items[i];
-            rows.load_queries(p, item);
+            if (i > 0) rows.load_queries(p, item);
             rows.clear(p, item);
             // Up to here every row sees every key, unless a window hides the first ones.
             const int clear = p.window > 0 ? 0 : item.chunk.position(item.first_token) + 1, end = item.end;
@@ -188,7 +190,8 @@ cudaError_t attend_short(const PagedAttention& p, cudaStream_t stream) {
         p.group <= 8 ? launch_decode<T, DecodeShape<D, 1>> : launch_decode<T, DecodeShape<D, kMostTiles>>;
     if (const cudaError_t error = launch(p, stream)) return error;
     if (p.max_parts == 1) return cudaSuccess;
-    return launch_kernel(merge_kernel<T, D>, dim3(p.q_heads, p.chunks), MergeShape<D>::kThreads, 0, stream, p);
+    const int blocks = larger(smaller(kMergeBlocks / p.chunks, p.q_heads), 1);  // of a chunk
+    return launch_kernel(merge_kernel<T, D>, dim3(blocks, p.chunks), MergeShape<D>::kThreads, 0, stream, p);
 }
 
 }  // namespace nanoinfer::cuda

@@ -53,10 +53,11 @@ template <int kRows>
 __device__ int list_items(const PagedAttention& p, int first, ItemList& list) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, index = first + lane * gridDim.y;
     int seen = 0;  // items of the chunks that the block has looked at
+    LoadedChunk loaded;
+    load_chunk(p, threadIdx.x, loaded);
     for (int base = 0; base < p.chunks && seen <= first + (kListed - 1) * int(gridDim.y); base += blockDim.x) {
-        LoadedChunk loaded;
-        load_chunk(p, base + threadIdx.x, loaded);
         const Chunk own = loaded.check(p, base + threadIdx.x);
+        load_chunk(p, base + blockDim.x + threadIdx.x, loaded);  // of the next turn, on its way during this one
         const int count = decode_items<kRows>(p, own);
         int upto = count;  // items of the warp's chunks up to this lane's
         for (int step = 1; step < 32; step *= 2) {

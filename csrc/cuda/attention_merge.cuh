@@ -15,6 +15,9 @@ struct MergeShape {
     static constexpr int kAtOnce = 8;  // splits that a thread loads before it uses the first
 };
 
+// Blocks of a launch: they all fit on a large GPU at once, where most have nothing to do but to start and to end.
+constexpr int kMergeBlocks = 1024;
+
 // The sum of some splits' partial results, relative to the largest weight among them.
 struct Share {
     float4 sum = {0, 0, 0, 0};
@@ -76,6 +79,7 @@ __global__ void __launch_bounds__(MergeShape<D>::kThreads) merge_kernel(const __
     const bool many = splits > Shape::kAtOnce;
     const int rows = chunk.q_len * p.q_heads, at_once = many ? 1 : Shape::kWays, first = many ? 0 : way;
     wait_for_earlier_kernels();  // the decode kernel let this one start when those before it had ended
+    let_next_kernel_start();     // not earlier: the next layer's kernels would take SMs while attention runs
     if (splits <= 1) return;     // not the decode kernel's, or it has stored the result
     for (int row = blockIdx.x * at_once + first; row < rows; row += gridDim.x * at_once) {
         const int64_t at = part(p, chunk, 0, 0) * p.q_heads + row;

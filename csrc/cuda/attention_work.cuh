@@ -28,6 +28,7 @@ struct PagedAttention {
     int decode_tokens;  // chunks of up to this many tokens are the decode kernel's, longer ones the prefill kernel's
     float scale;        // of scores before the softmax
     float scale_log2;   // scale * log2(e): in half precision, weights are powers of two
+    bool tables_ready;  // may q_starts, kv_lens, rows and block_tables be read before earlier kernels have ended
 };
 
 constexpr unsigned kWarp = 0xffffffffu;  // all lanes take part

@@ -8,6 +8,7 @@
 // whoever wrote the kernel before:
 //   - A kernel reads and writes nothing until wait_for_earlier_kernels() has returned; before that it may work out
 //     addresses, and ask for memory to be brought into the second cache, which changes nothing that anyone can see.
+//     One op may read more, if its caller says that this was written long before: see tables_ready of paged_attention.
 //   - Every thread of every block calls it: a kernel that ended without would let the next one go on too early.
 
 #include <cuda_runtime.h>

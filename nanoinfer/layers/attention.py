@@ -33,7 +33,10 @@ class Attention(nn.Module):
         """x [T, hidden]; kv [blocks, 2, Hkv, block_size, D], this layer's; rope: see `rope_table`. -> [T, hidden]."""
         q, k, v = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim).split(self.heads, dim=1)
         ops.rotary_store_kv(q, k, v, kv, batch.positions, batch.slots, rope)
+        # The batch's writer had ended before this layer began: the embedding between them is torch's kernel, and
+        # those start when all before them have ended.
         out = ops.paged_attention(
-            q, kv, batch.q_starts, batch.kv_lens, batch.rows, batch.block_tables, self.scale, self.window
-        )
+            q, kv, batch.q_starts, batch.kv_lens, batch.rows, batch.block_tables, self.scale, self.window,
+            tables_ready=True,
+        )  # fmt: skip
         return self.o_proj(out.flatten(1))  # type: ignore[no-any-return]
