@@ -32,9 +32,14 @@ class Host:
         """Run each row on to a length; header and edits of each message of that step."""
         rows, ends = (np.array(list(values), dtype=np.int32) for values in (chunks.keys(), chunks.values()))
         sent = []
-        for _ in self.table.messages(self.rows.advance(rows, ends)):
-            header = self.table.host["header"].tolist()
-            sent.append((header, self.table.host["edits"][: header[1]].tolist()))
+        for size, _ in self.table.messages(self.rows.advance(rows, ends)):
+            message = self.table.message.clone()
+            message[size:] = -7  # not sent
+            parts = {name: part.numpy() for name, part in self.table.views(message).items()}
+            header = parts["header"].tolist()
+            used = dict(zip(("new_rows", "edits", "chunks", "tokens"), header, strict=True))
+            assert all((parts[name][:count] == self.table.host[name][:count]).all() for name, count in used.items())
+            sent.append((header, parts["edits"][: header[1]].tolist()))
         return sent
 
 

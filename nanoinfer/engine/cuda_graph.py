@@ -95,9 +95,9 @@ class CudaRunner(ModelRunner):
 
     def _send(self, step: Step, slot: RingSlot) -> None:
         """The step's message to the device: one copy, and one more for each load of edits that goes ahead."""
-        for last in self.table.messages(step):
-            slot.message.copy_(self.table.message)
-            self.message.copy_(slot.message, non_blocking=True)
+        for size, last in self.table.messages(step):
+            slot.message[:size].copy_(self.table.message[:size])
+            self.message[:size].copy_(slot.message[:size], non_blocking=True)
             if not last:
                 self.apply(self.sections, self.batch(EMPTY_STEP))
                 self.stream.synchronize()  # the pinned message is written again
@@ -147,7 +147,7 @@ class CudaRunner(ModelRunner):
 
     def _capture(self, batch: Batch) -> StepGraphs:
         with self._captured() as forward:
-            logits = self.model.logits(self._forward(batch).index_select(0, batch.logit_rows))
+            logits = self.model.logits(self._forward(batch))  # of every row: each chunk is one token, which samples
         with self._captured() as sample:
             self.choose(logits, batch, slice(None))
         # The memory of `logits` now serves the next capture as well: graphs of one pool never run at the same time.

@@ -144,7 +144,7 @@ class ModelRunner:
         shape = StepShape.of(step)
         with torch.inference_mode():
             batch = self.batch(shape)
-            for last in self.table.messages(step):
+            for _, last in self.table.messages(step):
                 self.apply(self.table.sections, batch if last else self.batch(EMPTY_STEP))
             special = self.special(step)
             self.sample(batch, self.model(batch, self.kv_layers), special)

@@ -60,15 +60,17 @@ class RequestTable:
         # A step may bring up to a whole table of new blocks for a row; what does not fit goes ahead in messages of
         # its own, so that the usual message stays small.
         self.max_edits = blocks_per_row + max_chunks
+        # In this order what most steps use is one piece, and a small one: no rows are new, and tokens are few.
         self.shapes = {
             "header": (4,),
-            "new_rows": (max_chunks, 1 + ROW_STATE_WIDTH),
-            "edits": (self.max_edits, 3),
             "chunks": (max_chunks, 4),
+            "edits": (self.max_edits, 3),
             "tokens": (max_tokens,),
+            "new_rows": (max_chunks, 1 + ROW_STATE_WIDTH),
         }
         self.message = torch.zeros(sum(map(math.prod, self.shapes.values())), dtype=torch.int32)
         self.sections = self.views(self.message)
+        self.upto_tokens = len(self.message) - max_chunks * (1 + ROW_STATE_WIDTH) - max_tokens
         self.host: dict[str, Ints] = {name: section.numpy() for name, section in self.sections.items()}
         # What the device knows of each row: whose it is, and how many of its blocks were sent.
         self.occupancy = np.zeros(num_rows, dtype=np.int32)
@@ -79,25 +81,27 @@ class RequestTable:
         parts = message.split([math.prod(shape) for shape in self.shapes.values()])
         return {name: part.view(shape) for part, (name, shape) in zip(parts, self.shapes.items(), strict=True)}
 
-    def messages(self, step: Step) -> Iterator[bool]:
-        """Write a step's message into the buffer, to be applied before the next one is asked for; True for the last.
+    def messages(self, step: Step) -> Iterator[tuple[int, bool]]:
+        """Write a step's message into the buffer, to be applied before the next one is asked for.
 
-        Usually that is the only one. More table edits than a message holds go ahead, without chunks.
+        Yields how many numbers of the buffer it takes, and whether it is the last one. Usually that is the only one.
+        More table edits than a message holds go ahead, without chunks.
         """
         new = self._moved_in(step)
         edits = self._new_blocks(step)
         while len(edits) > self.max_edits:
             self.host["edits"][:] = edits[: self.max_edits]
             self.host["header"][:] = 0, self.max_edits, 0, 0
-            yield False
+            yield self.upto_tokens, False
             edits = edits[self.max_edits :]
         if edits:
             self.host["edits"][: len(edits)] = edits
         for i, seq in enumerate(new):
             self.host["new_rows"][i, 0], self.host["new_rows"][i, 1:] = seq.row, row_values(seq)
-        self.host["header"][:] = len(new), len(edits), len(step), self._write_tokens(step)
+        num_tokens = self._write_tokens(step)
+        self.host["header"][:] = len(new), len(edits), len(step), num_tokens
         self._write_chunks(step)
-        yield True
+        yield len(self.message) if new else self.upto_tokens + num_tokens, True
 
     def _moved_in(self, step: Step) -> list[Sequence]:
         """The sequences whose rows the device does not know as theirs."""
