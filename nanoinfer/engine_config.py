@@ -82,6 +82,8 @@ class EngineConfig:
     @classmethod
     def from_options(cls, model: str | Path, **options: object) -> "EngineConfig":
         """Check names first: an option of vLLM's that means nothing here must have a value that asks for nothing."""
+        if not isinstance(model, (str, Path)) or not str(model):  # str() would look for a folder "None", or here
+            raise InvalidRequest(f"model must be a folder, or a name on the Hugging Face Hub, got {model!r}")
         known = {field.name for field in fields(cls)}
         if isinstance(tokenizer := options.get("tokenizer"), Path):
             options["tokenizer"] = str(tokenizer)
