@@ -25,10 +25,10 @@ from nanoinfer.engine.model_runner import CacheShape, DeviceTraits, ModelRunner,
 from nanoinfer.engine.request_table import row_values
 from nanoinfer.engine.requests import Limits
 from nanoinfer.engine.rows import Chunk, Ints, Step
-from nanoinfer.engine.sequence import Sequence, Status, TokenLogprobs
+from nanoinfer.engine.sequence import Sequence, Status
 from nanoinfer.engine.startup import Parts
 from nanoinfer.engine_config import EngineConfig
-from nanoinfer.outputs import RequestOutput
+from nanoinfer.outputs import RequestOutput, TokenLogprobs
 from nanoinfer.row_state import LENGTH, SEED_HI, SEED_LO
 
 VOCAB = 12

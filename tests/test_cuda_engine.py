@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from nanoinfer import LLM, SamplingParams
-from nanoinfer.engine.cuda_graph import CudaRunner, bucket_ladder
+from nanoinfer.engine.cuda_graph import CudaRunner, StepGraphs, bucket_ladder
+from nanoinfer.outputs import RequestOutput
 
 pytestmark = [
     pytest.mark.gpu,
@@ -62,6 +63,94 @@ def test_repeats_are_equal(llm: LLM) -> None:
     first = workload(llm)
     for _ in range(200):
         assert workload(llm) == first
+
+
+def push_away(prompt: list[int], output: list[int], logits: torch.Tensor) -> torch.Tensor:
+    logits[prompt + output] -= 2
+    return logits
+
+
+def everything(llm: LLM) -> list[RequestOutput]:
+    """Requests that all ask for something else, and one that asks for nothing, each in 7 forms."""
+    asked = [
+        {"logprobs": 5}, {"logprobs": 0}, {"logprobs": 20, "frequency_penalty": 0.5}, {"logit_bias": {7: 3.0, 9: -50}},
+        {"allowed_token_ids": list(range(40, 900)), "logprobs": 2}, {"bad_words": ["self", " return x"]},
+        {"min_tokens": 3, "stop_token_ids": [10, 11, 12]}, {"prompt_logprobs": 3}, {"logits_processors": [push_away]},
+        {"logprobs": 3, "logit_bias": {5: 4.0}, "repetition_penalty": 1.3}, {},
+    ]  # fmt: skip
+    params = [
+        SamplingParams(
+            **{"temperature": (0, 0.7, 1.0)[i % 3], "top_k": (0, 20)[i % 2], "seed": i, "max_tokens": 4 + 3 * (i % 7),
+               "ignore_eos": True} | asked[i % len(asked)]
+        )
+        for i in range(7 * len(asked))
+    ]  # fmt: skip
+    prompts = [[(7 * i + j) % 1000 + 5 for j in range(3 + 5 * (i % 9))] for i in range(len(params))]
+    llm.llm_engine.reset_prefix_cache()
+    return llm.generate(prompts, params, use_tqdm=False)
+
+
+def test_what_is_asked_for_does_not_depend_on_graphs() -> None:
+    """Tokens, log probabilities and ranks are the same to the bit, in a batch of requests that all differ."""
+    told = {}
+    for name in ("graphs, a step ahead", "eager, a step ahead"):
+        with make_llm(**MODES[name]) as llm:
+            told[name] = [(out.prompt_logprobs, out["token_ids"], out.outputs[0].logprobs) for out in everything(llm)]
+    assert told["graphs, a step ahead"] == told["eager, a step ahead"]
+
+
+class CountedGraph:
+    def __init__(self, graph: torch.cuda.CUDAGraph) -> None:
+        self.graph, self.count = graph, 0
+
+    def replay(self) -> None:
+        self.count += 1
+        self.graph.replay()
+
+
+def test_steps_of_special_requests_are_replayed(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step of decodes alone, whatever its requests ask for; only those with a prompt in them run op by op."""
+    runner = llm.llm_engine.runner
+    graphs = {
+        bucket: StepGraphs(CountedGraph(each.forward), each.logits, CountedGraph(each.sample))
+        for bucket, each in runner.graphs.items()
+    }
+    shapes, run = [], runner._run
+
+    def recorded(shape, special) -> None:
+        shapes.append((shape, special is not None))
+        run(shape, special)
+
+    monkeypatch.setattr(runner, "graphs", graphs)
+    monkeypatch.setattr(runner, "_run", recorded)
+    everything(llm)
+    decodes = [special for shape, special in shapes if shape.num_tokens == shape.num_samples]
+    for part in ("forward", "sample"):
+        assert sum(getattr(each, part).count for each in graphs.values()) == len(decodes)
+    assert sum(decodes) > 10
+
+
+def test_telling_and_rules_do_not_wait() -> None:
+    """What is asked for goes up and comes back beside the steps: no call between launches waits for the device."""
+    options = [
+        {"logprobs": 5}, {"logprobs": 2, "presence_penalty": 0.5}, {"logit_bias": {7: 3.0}}, {"min_tokens": 30},
+        {"allowed_token_ids": [5, 6, 7], "logprobs": 0}, {"bad_words": ["x"]}, {},
+    ]  # fmt: skip
+    with make_llm() as llm:
+        engine = llm.llm_engine
+        for _ in range(2):  # the first round loads kernels and pins memory
+            for i, own in enumerate(options):
+                engine.add_request([7 + i, 9, 11], SamplingParams(max_tokens=40, ignore_eos=True, seed=i, **own))
+            for _ in range(8):
+                engine.step()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                for _ in range(20):
+                    engine.step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            while engine.has_unfinished_requests():
+                assert not [out.error for out in engine.step() if out.error]
 
 
 def test_decoding_neither_waits_nor_allocates(llm: LLM) -> None:

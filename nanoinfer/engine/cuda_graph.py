@@ -2,9 +2,10 @@
 
 A step of decodes alone has one token a chunk, so its number of chunks says all of its shape. Rounded up to a bucket, it
 is captured as two CUDA graphs: `forward` (apply the message, run the model, logits) and `sample` (choose, advance the
-table), with room for the host's own work on the logits between them. Lengths, rows and slots are read from the device's
-memory, so a graph serves every later step of its bucket. Without graphs the same kernels run on the same shapes, hence
-the same tokens. A step with a prefill chunk in it is never captured: it is long enough to hide its launches.
+table). What some requests want done to their logits, or told of them, is done between the two, by `special.py`.
+Lengths, rows and slots are read from the device's memory, so a graph serves every later step of its bucket. Without
+graphs the same kernels run on the same shapes, hence the same tokens. A step with a prefill chunk in it is never
+captured: it is long enough to hide its launches.
 
 Two streams: one computes; the other brings sampled tokens to the host while the next step already runs.
 """
@@ -14,8 +15,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -51,6 +55,7 @@ class RingSlot:
 @dataclass(frozen=True, slots=True)
 class StepGraphs:
     forward: torch.cuda.CUDAGraph
+    logits: Tensor  # [bucket, V], there between the two: see `borrow`
     sample: torch.cuda.CUDAGraph
 
 
@@ -104,10 +109,14 @@ class CudaRunner(ModelRunner):
 
     def _run(self, shape: StepShape, special: Special | None) -> None:
         bucket = self._bucket(shape)
-        if special is None and (graphs := self.graphs.get(bucket)):
+        if graphs := self.graphs.get(bucket):
             graphs.forward.replay()
+            if special is not None:
+                special.before(graphs.logits, 0)
             self.stream.wait_stream(self.copy_stream)  # `sampled` still holds the last step's tokens
             graphs.sample.replay()
+            if special is not None:
+                special.after(self.sampled[:bucket])
             return
         batch = self.batch(StepShape(bucket, bucket, bucket) if bucket else shape)
         hidden = self._forward(batch)
@@ -151,7 +160,7 @@ class CudaRunner(ModelRunner):
         with self._captured() as sample:
             self.choose(logits, batch, slice(None))
         # The memory of `logits` now serves the next capture as well: graphs of one pool never run at the same time.
-        return StepGraphs(forward, sample)
+        return StepGraphs(forward, borrow(logits), sample)
 
     @contextmanager
     def _captured(self) -> Iterator[torch.cuda.CUDAGraph]:
@@ -168,8 +177,14 @@ class CudaRunner(ModelRunner):
         with torch.cuda.stream(self.copy_stream):
             tokens = slot.tokens[:num_samples]
             tokens.copy_(self.sampled[:num_samples], non_blocking=True)
+            if special is not None:
+                special.fetch(_to_host)
             slot.arrived.record()
         return StepHandle(step, tokens, slot.arrived.synchronize, special)
+
+    def upload(self, array: npt.NDArray[Any]) -> Tensor:
+        # torch keeps pinned memory for later until the copy from it is over.
+        return torch.from_numpy(array).pin_memory().to(self.device, non_blocking=True)
 
     def check_device(self) -> None:
         torch.cuda.synchronize(self.kv.device)  # after an illegal access every later call fails as well
@@ -180,6 +195,22 @@ class CudaRunner(ModelRunner):
         self.graphs.clear()
         super().close()
         torch.cuda.empty_cache()  # for whoever asks the driver what is free, as the next engine does
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+def borrow(tensor: Tensor) -> Tensor:
+    """A tensor of the same memory with no hold on it.
+
+    What a graph wrote there can be read until another graph of its pool runs. Held, the logits of 30 buckets would be
+    30 blocks of their own, gigabytes; let go of, they share one. The pool itself lasts as long as its graphs.
+    """
+    shape, address = tuple(tensor.shape), tensor.data_ptr()
+    memory = {"shape": shape, "strides": None, "typestr": "<f4", "data": (address, False), "version": 2}
+    assert tensor.dtype == torch.float32 and tensor.is_contiguous()
+    return torch.as_tensor(SimpleNamespace(__cuda_array_interface__=memory), device=tensor.device)
 
 
 def make_runner(

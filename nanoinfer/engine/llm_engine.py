@@ -1,6 +1,7 @@
 """LLMEngine: requests in, steps, outputs out. It knows nothing of HTTP, threads or asyncio."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from hashlib import blake2b
 from itertools import count
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import cast
 
 from nanoinfer.engine.block_manager import BlockManager
 from nanoinfer.engine.logits_rules import make_rules
-from nanoinfer.engine.reply import Reply, TextStream
+from nanoinfer.engine.reply import Reply, TextStream, TokenTexts
 from nanoinfer.engine.requests import Request, make_request
 from nanoinfer.engine.scheduler import Scheduler
 from nanoinfer.engine.sequence import Sequence, Status
@@ -57,6 +58,7 @@ class LLMEngine:
         self.replies: dict[str, Reply] = {}  # by request id, until all of it has finished
         self.watched: dict[str, Reply] = {}  # those of them whose text somebody follows
         self.detokenizers: dict[bool, Callable[[], Detokenizer]] = {}  # by skip_special_tokens, made when first asked
+        self.token_texts = TokenTexts(self.tokenizer)
         self.held: list[RequestOutput] = []
         self.num_sequences = 0
         self.dead: str | None = None
@@ -112,7 +114,8 @@ class LLMEngine:
             raise InvalidRequest(f"request_id {request_id!r} belongs to an unfinished request")
         seqs = [self._sequence(request, request_id, i) for i in range(request.params.n)]
         follow = stream or bool(request.params.stop)
-        reply = Reply(seqs, [self._text_stream(request.params) for _ in seqs] if follow else [], self.tokenizer)
+        streams = [self._text_stream(request.params) for _ in seqs] if follow else []
+        reply = Reply(seqs, streams, self.tokenizer, self.token_texts)
         self.replies[request_id] = reply
         if follow:
             self.watched[request_id] = reply
@@ -124,6 +127,8 @@ class LLMEngine:
         """The request's choice number `choice`; those with a seed use it, the next number, and so on."""
         params, index = request.params, self.num_sequences
         self.num_sequences += 1
+        if choice and params.prompt_logprobs is not None:  # the first choice's serve all
+            params = replace(params, prompt_logprobs=None)
         eos = () if params.ignore_eos else self.model_config.eos_token_ids
         stop_ids, length = frozenset(eos).union(params.stop_token_ids or ()), len(request.token_ids)
         return Sequence(

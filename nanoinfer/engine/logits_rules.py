@@ -1,28 +1,35 @@
-"""LogitsRules: what a request wants done to its logits before a token is chosen, in plain torch on its row alone.
+"""LogitsRules: what a request wants done to its logits before a token is chosen, in plain torch.
 
-They come before penalties and temperature. A step with such a request in it is not replayed from graphs.
+They come before penalties and temperature. Those of all requests of a step are applied together, except for Python's
+processors: one call for each.
 """
 
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from nanoinfer.sampling_params import SamplingParams
 
 NEVER = float("-inf")
+FOR_EVER = 2**31 - 1
+
+Upload = Callable[[npt.NDArray[Any]], Tensor]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LogitsRules:
-    """Made once for a request. Tensors of ids are int64, on the logits' device."""
+    """Made once for a request. Tensors of ids are int64, on the logits' device: they may be long."""
 
     allowed: Tensor | None  # all other ids are out
     bias: tuple[Tensor, Tensor] | None  # ids, and what is added to their logits
     min_length: int  # until a sequence has so many tokens, the prompt's included, stop_ids are out
-    stop_ids: Tensor
+    stop_ids: Sequence[int]
     bad_words: Sequence[Sequence[int]]  # no sequence of ids here is completed
     processors: Sequence[Callable[..., Tensor]]
     num_prompt_tokens: int
@@ -32,22 +39,51 @@ class LogitsRules:
         """Whether the host has to know every token before the next is chosen."""
         return bool(self.processors) or any(len(word) > 1 for word in self.bad_words)
 
-    def apply(self, logits: Tensor, tokens: list[int], length: int) -> None:
-        """Change one row of logits in place. tokens: those of the sequence as far as known; length: of all of them."""
-        if self.allowed is not None:
-            kept = logits[self.allowed]
-            logits.fill_(NEVER)
-            logits[self.allowed] = kept
-        if self.bias is not None:
-            logits.index_add_(0, *self.bias)
-        if length < self.min_length:
-            logits[self.stop_ids] = NEVER
-        for *begin, last in self.bad_words:
-            if not begin or tokens[-len(begin) :] == begin:
-                logits[last] = NEVER
+    @property
+    def until(self) -> int:
+        """Sequences of so many tokens are left as they are."""
+        for_ever = self.allowed is not None or self.bias is not None or self.bad_words or self.processors
+        return FOR_EVER if for_ever else self.min_length
+
+    def banned(self, tokens: list[int], length: int) -> list[int]:
+        """Ids that are out just now. tokens: those of the sequence as far as known; length: of all of them."""
+        words = [last for *begin, last in self.bad_words if not begin or tokens[-len(begin) :] == begin]
+        return [*words, *self.stop_ids] if length < self.min_length else words
+
+    def process(self, logits: Tensor, tokens: list[int]) -> None:
+        """Let the processors change one row of logits in place."""
         prompt, output = tokens[: self.num_prompt_tokens], tokens[self.num_prompt_tokens :]
         for process in self.processors:
             logits.copy_(process(prompt, output, logits) if _takes_prompt(process) else process(output, logits))
+
+
+Asked = tuple[int, LogitsRules, list[int], int]  # row of the logits, what to do to it, tokens as known, their number
+
+
+def apply_rules(logits: Tensor, asked: Sequence[Asked], vocab_size: int, upload: Upload) -> None:
+    """Change rows of logits in place by their rules: allowed ids first, then biases, bans and processors."""
+    if allowed := [(row, rules.allowed) for row, rules, *_ in asked if rules.allowed is not None]:
+        rows, ids = _pairs(allowed, upload)
+        kept = logits[rows, ids]
+        logits.index_fill_(0, rows, NEVER)
+        logits[rows, ids] = kept
+    if biased := [(row, *rules.bias) for row, rules, *_ in asked if rules.bias is not None]:
+        rows, ids = _pairs([(row, ids) for row, ids, _ in biased], upload)
+        logits[rows, ids] += torch.cat([bias for *_, bias in biased])
+    bans = ((row, rules.banned(tokens, length)) for row, rules, tokens, length in asked)
+    if banned := [(row, id_) for row, ids in bans for id_ in ids]:
+        rows, ids = upload(np.array(banned)).unbind(1)
+        logits[rows, ids] = NEVER
+    for row, rules, tokens, _ in asked:
+        if rules.processors:
+            rules.process(logits[row, :vocab_size], tokens)
+
+
+def _pairs(rows_of_ids: Sequence[tuple[int, Tensor]], upload: Upload) -> tuple[Tensor, Tensor]:
+    """Row and id [pairs] of each id of each row."""
+    rows, counts = upload(np.array([(row, len(ids)) for row, ids in rows_of_ids])).unbind(1)
+    ids = torch.cat([ids for _, ids in rows_of_ids])
+    return torch.repeat_interleave(rows, counts, output_size=len(ids)), ids
 
 
 def _takes_prompt(process: Callable[..., Tensor]) -> bool:
@@ -72,7 +108,7 @@ def make_rules(
         allowed=ids(params.allowed_token_ids) if params.allowed_token_ids else None,
         bias=(ids(list(bias)), torch.tensor(list(bias.values()), device=device)) if bias else None,
         min_length=num_prompt_tokens + params.min_tokens,
-        stop_ids=ids(sorted(stop_ids)),
+        stop_ids=sorted(stop_ids),
         bad_words=bad_words,
         processors=params.logits_processors or (),
         num_prompt_tokens=num_prompt_tokens,

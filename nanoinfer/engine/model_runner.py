@@ -4,9 +4,10 @@ import logging
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -14,8 +15,8 @@ from nanoinfer import ops
 from nanoinfer.batch import Batch
 from nanoinfer.engine.request_table import RequestTable
 from nanoinfer.engine.rows import Ints, Step
-from nanoinfer.engine.sequence import TokenLogprobs
 from nanoinfer.engine.special import Special
+from nanoinfer.outputs import TokenLogprobs
 from nanoinfer.utils.memory import available_host_memory
 
 logger = logging.getLogger("nanoinfer")
@@ -107,11 +108,7 @@ class StepHandle:
 
     def told(self) -> dict[int, TokenLogprobs]:
         """Log probabilities asked for, by place among the tokens; those of prompts go to their sequences."""
-        if self.special is None:
-            return {}
-        for seq, first, told in self.special.prompt_told:
-            seq.prompt_logprobs.update(enumerate(told.read(), first))
-        return {place: told.read()[0] for place, told in self.special.told.items()}
+        return self.special.read() if self.special is not None else {}
 
 
 class ModelRunner:
@@ -148,10 +145,16 @@ class ModelRunner:
                 self.apply(self.table.sections, batch if last else self.batch(EMPTY_STEP))
             special = self.special(step)
             self.sample(batch, self.model(batch, self.kv_layers), special)
+            if special is not None:
+                special.fetch(lambda tensor: tensor)
         return StepHandle(step, self.sampled[: shape.num_samples].clone(), wait=lambda: None, special=special)
 
     def special(self, step: Step) -> Special | None:
-        return Special(step, self.vocab_size) if step.special.any() else None
+        return Special(step, self.vocab_size, self.upload) if step.special.any() else None
+
+    def upload(self, array: npt.NDArray[Any]) -> Tensor:
+        """A copy on the device, made without waiting for it."""
+        return torch.from_numpy(array)
 
     def batch(self, shape: StepShape) -> Batch:
         """Views of the step's buffers, of the sizes that `shape` says."""
@@ -184,7 +187,7 @@ class ModelRunner:
                 special.before(logits, begin)
             self.choose(logits, batch, part)
             if special is not None:
-                special.after(self.sampled[: batch.logit_rows.shape[0]][part], begin)
+                special.after(self.sampled[: batch.logit_rows.shape[0]][part])
 
     def choose(self, logits: Tensor, batch: Batch, part: slice) -> None:
         """The next tokens of one slice of sampled rows, from their logits; the table advanced by them."""

@@ -1,9 +1,11 @@
 """Reply: what becomes of one request, its sequences and, where somebody needs it before the end, their text."""
 
+from collections.abc import Sequence as Seq
 from dataclasses import replace
+from typing import cast
 
-from nanoinfer.engine.sequence import Sequence, Status, TokenLogprobs
-from nanoinfer.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from nanoinfer.engine.sequence import Sequence, Status
+from nanoinfer.outputs import CompletionOutput, Logprob, Logprobs, RequestMetrics, RequestOutput
 from nanoinfer.utils.detokenizer import Detokenizer
 from nanoinfer.utils.stop_strings import StopFilter
 from nanoinfer.utils.tokenizer import Tokenizer
@@ -49,11 +51,25 @@ class TextStream:
         return "".join(self.text[parts:]), ids
 
 
+class TokenTexts(dict[int, str | None]):
+    """Token id -> its text by itself, decoded when first asked for; None without a tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+
+    def __missing__(self, id_: int) -> str | None:
+        self[id_] = text = self.tokenizer.decode([id_], False) if self.tokenizer is not None else None
+        return text
+
+
 class Reply:
     """One request's sequences, and their streams where it has stop strings or is streamed, else none."""
 
-    def __init__(self, seqs: list[Sequence], streams: list[TextStream], tokenizer: Tokenizer | None) -> None:
-        self.seqs, self.streams, self.tokenizer = seqs, streams, tokenizer
+    def __init__(
+        self, seqs: list[Sequence], streams: list[TextStream], tokenizer: Tokenizer | None, texts: TokenTexts
+    ) -> None:
+        self.seqs, self.streams, self.tokenizer, self.texts = seqs, streams, tokenizer, texts
 
     @property
     def request_id(self) -> str:
@@ -92,16 +108,15 @@ class Reply:
         output = CompletionOutput(index, text, ids, seq.finish_reason, seq.stop_reason)
         if seq.params.logprobs is None:
             return output
-        told = seq.logprobs[len(seq.output_tokens) - len(ids) :]
-        total = sum(each.logprobs[0] for each in seq.logprobs)
-        return replace(output, cumulative_logprob=total, logprobs=[as_dict(each, self.tokenizer) for each in told])
+        told = Logprobs(seq.logprobs[len(seq.logprobs) - len(ids) :], self.texts)
+        dicts = cast("Seq[dict[int, Logprob]]", told)  # a token has one
+        return replace(output, cumulative_logprob=seq.cumulative_logprob, logprobs=dicts)
 
-    def _prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:
+    def _prompt_logprobs(self) -> Logprobs | None:
         first = self.seqs[0]
         if first.params.prompt_logprobs is None:
             return None
-        told = [first.prompt_logprobs.get(place) for place in range(first.num_prompt_tokens)]
-        return [as_dict(each, self.tokenizer) if each else None for each in told]
+        return Logprobs([first.prompt_logprobs.get(place) for place in range(first.num_prompt_tokens)], self.texts)
 
     def _metrics(self) -> RequestMetrics:
         def earliest(times: list[float]) -> float:
@@ -114,16 +129,6 @@ class Reply:
             last_token_time=max(seq.finished_time for seq in self.seqs),
             num_preemptions=sum(seq.num_preemptions for seq in self.seqs),
         )
-
-
-def as_dict(told: TokenLogprobs, tokenizer: Tokenizer | None) -> dict[int, Logprob]:
-    """By id: the one that stands there first, then the likeliest, in falling order."""
-    ranks = [told.rank, *range(1, len(told.ids))]
-    found: dict[int, Logprob] = {}
-    for id_, logprob, rank in zip(told.ids, told.logprobs, ranks, strict=True):
-        text = tokenizer.decode([id_], False) if tokenizer is not None else None
-        found.setdefault(id_, Logprob(logprob, rank, text))
-    return found
 
 
 def _text(seq: Sequence, tokenizer: Tokenizer | None) -> str:

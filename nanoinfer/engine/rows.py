@@ -42,7 +42,7 @@ class Step:
     ends: Ints
     samples: Flags
     stores: Flags
-    special: Flags  # the request wants more than tokens: see `special.py`
+    special: Flags  # more is wanted than tokens: see `special.py`
 
     def __len__(self) -> int:
         return len(self.seqs)
@@ -74,7 +74,7 @@ class Rows:
         self.num_shared = column()  # positions below this lie in blocks that others may read: never written
         self.prompt_length = column()
         self.max_length = column()
-        self.special = np.zeros(num_rows, dtype=np.bool_)
+        self.special_until = column()  # chunks that start below this are special
         self.waits = np.zeros(num_rows, dtype=np.bool_)  # decodes only when the host knows all of its tokens
         self.stop_ids = np.full((num_rows, 4), NO_TOKEN, dtype=np.int32)
 
@@ -87,7 +87,7 @@ class Rows:
         self.max_length[row], self.num_shared[row] = seq.max_length, seq.num_shared_tokens
         # The last token always runs, for its logits; in a shared block it is recomputed and not stored.
         self.scheduled[row] = self.committed[row] = min(seq.num_shared_tokens, len(seq.tokens) - 1)
-        self.special[row] = seq.is_special
+        self.special_until[row] = seq.special_until
         self.waits[row] = seq.rules is not None and seq.rules.needs_tokens
         self.in_flight[row], self.num_blocks[row] = 0, len(seq.block_table)
         if (missing := len(seq.stop_ids) - self.stop_ids.shape[1]) > 0:
@@ -105,7 +105,7 @@ class Rows:
         samples = ends == self.length[rows]
         step = Step(
             self.seqs[rows].tolist(), rows, self.occupancy[rows], self.num_blocks[rows], starts, ends, samples,
-            starts >= self.num_shared[rows], self.special[rows],
+            starts >= self.num_shared[rows], starts < self.special_until[rows],
         )  # fmt: skip
         self.scheduled[rows] = ends
         self.in_flight[rows] += 1

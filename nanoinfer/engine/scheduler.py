@@ -16,7 +16,8 @@ import numpy as np
 
 from nanoinfer.engine.block_manager import BlockManager
 from nanoinfer.engine.rows import Ints, Rows, Step
-from nanoinfer.engine.sequence import Sequence, Status, TokenLogprobs
+from nanoinfer.engine.sequence import Sequence, Status
+from nanoinfer.outputs import TokenLogprobs
 
 _arrival = attrgetter("index")
 
@@ -139,6 +140,7 @@ class Scheduler:
         for i, logprobs in told.items():
             if takes[i]:
                 seqs[i].logprobs.append(logprobs)
+                seqs[i].cumulative_logprob += float(logprobs.view(np.float32)[2])
         self.num_generated += int(np.count_nonzero(takes))
         for i in np.flatnonzero(ends == table.prompt_length[rows]).tolist():
             seqs[i].first_token_time = monotonic()

@@ -2,21 +2,13 @@
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import NamedTuple
 
-from nanoinfer.engine.logits_rules import LogitsRules
+from nanoinfer.engine.logits_rules import FOR_EVER, LogitsRules
 from nanoinfer.engine.rows import Rows
+from nanoinfer.outputs import TokenLogprobs
 from nanoinfer.sampling_params import SamplingParams
 
 NOBODYS = Rows(0)
-
-
-class TokenLogprobs(NamedTuple):
-    """Log probabilities at one place: of the id that stands there, then of the likeliest ones."""
-
-    ids: list[int]
-    logprobs: list[float]
-    rank: int  # of the id that stands there
 
 
 class Status(Enum):
@@ -52,6 +44,7 @@ class Sequence:
 
     rules: LogitsRules | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # one for each output token, where they are asked for
+    cumulative_logprob: float = 0.0  # of the output tokens, likewise
     prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # by position
 
     rows: Rows = NOBODYS
@@ -69,10 +62,13 @@ class Sequence:
     finished_time: float = 0.0
 
     @property
-    def is_special(self) -> bool:
-        """Whether it wants more than tokens: its logits changed, or log probabilities told."""
+    def special_until(self) -> int:
+        """Chunks that start below this want more than tokens: logits changed, or log probabilities told."""
         params = self.params
-        return self.rules is not None or params.logprobs is not None or params.prompt_logprobs is not None
+        if params.logprobs is not None:
+            return FOR_EVER
+        of_prompt = 0 if params.prompt_logprobs is None else self.num_prompt_tokens - 1
+        return max(of_prompt, 0 if self.rules is None else self.rules.until - 1)
 
     @property
     def length(self) -> int:
