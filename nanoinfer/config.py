@@ -51,6 +51,8 @@ class GenerationDefaults:
     min_p: float | None = None
     repetition_penalty: float | None = None
     max_new_tokens: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,4 +260,6 @@ def _generation(fields: Fields) -> GenerationDefaults:
         min_p=number("min_p", 0.0, 1.0),
         repetition_penalty=number("repetition_penalty", 1e-6, 1e4),
         max_new_tokens=integer("max_new_tokens", 1),
+        presence_penalty=number("presence_penalty", -2.0, 2.0),
+        frequency_penalty=number("frequency_penalty", -2.0, 2.0),
     )

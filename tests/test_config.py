@@ -2,13 +2,16 @@
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import save_checkpoint
 from transformers import Qwen2Config
 
+from nanoinfer import LLM
 from nanoinfer.config import GenerationDefaults, ModelConfig
 from nanoinfer.errors import ModelLoadError
 
@@ -110,6 +113,22 @@ def test_generation(tmp_path: Path, generation: Any, eos: tuple[int, ...], tempe
     assert (config.eos_token_ids, config.generation.temperature) == (eos, temperature)
 
 
+def test_every_sampling_default_is_read(tmp_path: Path) -> None:
+    """Penalties included; each reaches a request that brings no parameters of its own."""
+    values = {
+        "temperature": 0.5, "top_k": 7, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.2, "max_new_tokens": 3,
+        "presence_penalty": 0.3, "frequency_penalty": -0.4,
+    }  # fmt: skip
+    assert asdict(ModelConfig.from_dir(write(tmp_path, values)).generation) == values
+    save_checkpoint(tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(values))
+    with LLM(tmp_path / "model", device="cpu", skip_tokenizer_init=True) as llm:
+        params = llm.get_default_sampling_params()
+        assert len(llm.generate([5, 6], use_tqdm=False)[0]["token_ids"]) == 3
+    names = values.keys() - {"max_new_tokens"}
+    assert {name: getattr(params, name) for name in names} == {name: values[name] for name in names}
+
+
 @pytest.mark.parametrize("eos", [None, []])
 def test_no_eos(tmp_path: Path, eos: Any) -> None:
     """A model may name no end of text."""
@@ -192,6 +211,8 @@ def test_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
         ({"min_p": 2}, "min_p is 2"),
         ({"repetition_penalty": 0}, "repetition_penalty is 0"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"presence_penalty": 2.5}, "presence_penalty is 2.5"),
+        ({"frequency_penalty": "1"}, "frequency_penalty is '1'"),
         ({"do_sample": "yes"}, "do_sample is 'yes'"),
         ({"eos_token_id": 10**9}, "generation_config.json: eos_token_id is 1000000000"),
     ],

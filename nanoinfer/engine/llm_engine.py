@@ -150,7 +150,8 @@ class LLMEngine:
     def default_sampling_params(self) -> SamplingParams:
         """What the model's generation_config.json recommends."""
         defaults = self.model_config.generation
-        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
+                 "frequency_penalty")  # fmt: skip
         options = {name: getattr(defaults, name) for name in names} | {"max_tokens": defaults.max_new_tokens}
         return SamplingParams(**{name: value for name, value in options.items() if value is not None})
 
