@@ -17,9 +17,11 @@ MAX_CHOICES = 4096
 
 
 # vLLM's parameters that change nothing here, with the values that mean so; any other value is refused by name.
-NO_OP: NoOp = {
-    "spaces_between_special_tokens": (True,),
-}
+NO_OP: NoOp = dict.fromkeys(
+    ("watermarking", "structured_outputs", "extra_args", "logprob_token_ids", "prompt_logprob_token_ids",
+     "prompt_logprob_start", "stream_interval", "thinking_token_budget", "repetition_detection",
+     "trace_decode_token_ids"), (None,),
+) | {"flat_logprobs": (False,), "skip_clone": (False, True), "routed_experts_prompt_start": (0,)}  # fmt: skip
 
 
 @named_options(NO_OP)
@@ -57,6 +59,7 @@ class SamplingParams:
     logits_processors: Sequence[Callable[..., Any]] | None = None
     detokenize: bool = True  # False: text stays empty
     skip_special_tokens: bool = True  # leave special tokens out of the text
+    spaces_between_special_tokens: bool = True  # for tokenizers without a tokenizer.json, some of which put them there
 
     def __post_init__(self) -> None:
         check_number("presence_penalty", self.presence_penalty, -2, 2)
@@ -70,7 +73,8 @@ class SamplingParams:
             check_integer("seed", self.seed, -(2**63), 2**63 - 1)
         if self.max_tokens is not None:
             check_integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
-        for flag in ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output"):
+        for flag in ("ignore_eos", "detokenize", "skip_special_tokens", "spaces_between_special_tokens",
+                     "include_stop_str_in_output"):  # fmt: skip
             check_flag(flag, getattr(self, flag))
         self._check_stop_token_ids()
         self._check_stop()

@@ -62,7 +62,7 @@ class Wrapped:
     def encode(self, text: str) -> list[int]:
         return self.reference.encode(text).ids
 
-    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+    def decode(self, ids: list[int], skip_special_tokens: bool, spaces_between_special_tokens: bool = True) -> str:
         return self.reference.decode(ids, skip_special_tokens=skip_special_tokens)
 
 

@@ -118,6 +118,23 @@ def test_a_stop_token_is_no_part_of_a_stream(llm: LLM) -> None:
     assert "".join(delta["text"] for delta in llm.stream(PROMPTS[0], params)) == whole["text"]
 
 
+@pytest.mark.parametrize("spaces", [True, False])
+@pytest.mark.parametrize("skip", [True, False])
+def test_special_tokens_in_a_text(llm: LLM, skip: bool, spaces: bool) -> None:
+    """Left out, or shown as transformers shows them, whatever is said of spaces between; streamed as well."""
+    tokenizer = llm.get_tokenizer()
+    allowed = [*tokenizer.all_special_ids, *tokenizer.encode(" def x")]
+    params = SamplingParams(
+        allowed_token_ids=allowed, max_tokens=30, seed=1, ignore_eos=True, temperature=2.0, skip_special_tokens=skip,
+        spaces_between_special_tokens=spaces,
+    )  # fmt: skip
+    (whole,) = llm.generate(PROMPTS[0], params, use_tqdm=False)
+    options = {"skip_special_tokens": skip, "spaces_between_special_tokens": spaces}
+    assert whole["text"] == tokenizer.decode(whole["token_ids"], **options)
+    assert any(token in whole["text"] for token in tokenizer.all_special_tokens) != skip
+    assert "".join(delta["text"] for delta in llm.stream(PROMPTS[0], params)) == whole["text"]
+
+
 def test_leaving_a_stream_ends_its_requests(llm: LLM) -> None:
     """Nobody pays for tokens that nobody reads."""
     for delta in llm.stream(PROMPTS, GREEDY):

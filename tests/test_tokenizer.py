@@ -3,13 +3,15 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from nanoinfer.errors import ModelLoadError
-from nanoinfer.utils.tokenizer import load_tokenizer
+from nanoinfer.utils.detokenizer import WholeDetokenizer
+from nanoinfer.utils.tokenizer import SlowTokenizer, load_tokenizer
 
 DEMO = Path(__file__).parents[1] / "nanoinfer" / "assets" / "demo"
 TEXT = "def read_lines(path):\n    return [line for line in open(path)]  # é 世界 🙂 <|im_end|>\n"
@@ -52,3 +54,14 @@ def test_vocabulary_and_merges_are_read_without_tokenizer_json(tmp_path: Path) -
     ids = new.encode(TEXT)
     assert old.encode(TEXT) == ids and old.decode(ids, False) == new.decode(ids, False) == TEXT
     assert old.size == new.size
+
+
+def test_what_is_said_of_spaces_reaches_transformers() -> None:
+    """A tokenizer without a tokenizer.json decides itself what it makes of it."""
+    tokenizer = SlowTokenizer.__new__(SlowTokenizer)
+    tokenizer.tokenizer = SimpleNamespace(decode=lambda ids, **options: json.dumps(options))
+    for spaces in (True, False):
+        asked = {"skip_special_tokens": False, "spaces_between_special_tokens": spaces}
+        assert json.loads(tokenizer.decode([1], False, spaces)) == asked
+        whole = WholeDetokenizer(tokenizer, False, spaces)
+        assert json.loads(whole.flush()) == asked

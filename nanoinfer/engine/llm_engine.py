@@ -57,7 +57,7 @@ class LLMEngine:
         self.loop = StepLoop(self.scheduler, self.runner, steps_ahead=int(asynchronous))
         self.replies: dict[str, Reply] = {}  # by request id, until all of it has finished
         self.watched: dict[str, Reply] = {}  # those of them whose text somebody follows
-        self.detokenizers: dict[bool, Callable[[], Detokenizer]] = {}  # by skip_special_tokens, made when first asked
+        self.detokenizers: dict[tuple[bool, bool], Callable[[], Detokenizer]] = {}  # by options, made when first asked
         self.token_texts = TokenTexts(self.tokenizer)
         self.held: list[RequestOutput] = []
         self.num_sequences = 0
@@ -141,11 +141,11 @@ class LLMEngine:
     def _text_stream(self, params: SamplingParams) -> TextStream:
         if self.tokenizer is None or not params.detokenize:
             return TextStream(None, None)
-        skip = params.skip_special_tokens
-        if skip not in self.detokenizers:
-            self.detokenizers[skip] = make_detokenizers(self.tokenizer, skip)
+        options = params.skip_special_tokens, params.spaces_between_special_tokens
+        if options not in self.detokenizers:
+            self.detokenizers[options] = make_detokenizers(self.tokenizer, *options)
         stops = StopFilter(StopStrings(params.stop), params.include_stop_str_in_output) if params.stop else None
-        return TextStream(self.detokenizers[skip](), stops)
+        return TextStream(self.detokenizers[options](), stops)
 
     def default_sampling_params(self) -> SamplingParams:
         """What the model's generation_config.json recommends."""

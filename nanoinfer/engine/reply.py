@@ -136,4 +136,4 @@ def _text(seq: Sequence, tokenizer: Tokenizer | None) -> str:
         return ""
     ids = seq.output_tokens
     shown = ids[:-1] if seq.finish_reason == "stop" else ids  # what ended the text is no part of it
-    return tokenizer.decode(shown, seq.params.skip_special_tokens)
+    return tokenizer.decode(shown, seq.params.skip_special_tokens, seq.params.spaces_between_special_tokens)

@@ -65,14 +65,18 @@ class PieceTable:
     strip: str = ""  # characters that the start of the text loses if it has them
 
 
-def make_detokenizers(tokenizer: Tokenizer, skip_special_tokens: bool) -> Callable[[], Detokenizer]:
+def make_detokenizers(
+    tokenizer: Tokenizer, skip_special_tokens: bool, spaces_between_special_tokens: bool = True
+) -> Callable[[], Detokenizer]:
     """A maker of detokenizers, one for each text; they share what they learn about tokens.
 
     Streamed are the decoders of byte-level, SentencePiece-like and WordPiece tokenizers, and none at all. The text of
     any other, which may rewrite what earlier tokens said, comes whole with `flush`; a warning says so.
     """
     table = piece_table(tokenizer, skip_special_tokens)
-    return partial(PieceDetokenizer, table) if table else partial(WholeDetokenizer, tokenizer, skip_special_tokens)
+    if table:
+        return partial(PieceDetokenizer, table)
+    return partial(WholeDetokenizer, tokenizer, skip_special_tokens, spaces_between_special_tokens)
 
 
 def piece_table(tokenizer: Tokenizer, skip_special_tokens: bool) -> PieceTable | None:
@@ -194,9 +198,11 @@ class PieceDetokenizer:
 class WholeDetokenizer:
     """A text that is decoded once, at its end."""
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, skip_special_tokens: bool, spaces_between_special_tokens: bool = True
+    ) -> None:
         self.tokenizer = tokenizer
-        self.skip_special_tokens = skip_special_tokens
+        self.options = skip_special_tokens, spaces_between_special_tokens
         self.ids: list[int] = []
 
     def push(self, ids: Iterable[int]) -> str:
@@ -204,4 +210,4 @@ class WholeDetokenizer:
         return ""
 
     def flush(self) -> str:
-        return self.tokenizer.decode(self.ids, self.skip_special_tokens)
+        return self.tokenizer.decode(self.ids, *self.options)

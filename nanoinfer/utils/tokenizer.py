@@ -23,7 +23,9 @@ class Tokenizer(Protocol):
     def backend(self) -> JsonTokenizer | None: ...  # decodes the very same; None where there is no such object
 
     def encode(self, text: str) -> list[int]: ...
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str: ...
+    def decode(
+        self, ids: Sequence[int], skip_special_tokens: bool, spaces_between_special_tokens: bool = True
+    ) -> str: ...
 
 
 def measure(vocabulary: dict[str, int], path: Path) -> tuple[int, int]:
@@ -51,7 +53,8 @@ class FastTokenizer:
     def encode(self, text: str) -> list[int]:
         return list(self.backend.encode(text).ids)
 
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool, spaces_between_special_tokens: bool = True) -> str:
+        """Spaces are where the tokenizer's decoder puts them, whatever is asked for, as with transformers."""
         return str(self.backend.decode(ids, skip_special_tokens=skip_special_tokens))
 
 
@@ -66,8 +69,9 @@ class SlowTokenizer:
     def encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text))
 
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool, spaces_between_special_tokens: bool = True) -> str:
+        options = {"spaces_between_special_tokens": spaces_between_special_tokens}  # not every tokenizer heeds it
+        return str(self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, **options))
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
