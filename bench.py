@@ -25,7 +25,7 @@ import torch
 from nanoinfer.bench import latency, ops, plot, plot_profile, profile, report, startup, throughput
 from nanoinfer.bench.compare import Measured, Row, measure_engines
 from nanoinfer.bench.cost import ModelCost
-from nanoinfer.bench.engines import ENGINES
+from nanoinfer.bench.engines import ENGINES, TAKE_SAMPLING
 from nanoinfer.bench.machine import measure_limits
 from nanoinfer.bench.target import SHAPES, Target, open_target
 from nanoinfer.bench.workload import random_workload
@@ -50,6 +50,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--output-len", type=_positive, nargs=2, metavar=("MIN", "MAX"), default=[100, 1024], help="tokens to generate"
     )
     command.add_argument("--temperature", type=float, default=0.6)
+    command.add_argument(
+        "--sampling", type=_json_object, default={}, metavar="JSON",
+        help="further options of SamplingParams for all requests, such as '{\"top_k\": 50, \"logprobs\": 5}'",
+    )  # fmt: skip
     command = add_command("latency", parents=[machine, engines], help="decode and prefill of equal requests")
     command.add_argument("--batch", type=_positive, nargs="+", default=[1, 8, 32])
     command.add_argument("--context", type=_positive, nargs="+", default=[128], help="prompt tokens of each request")
@@ -69,6 +73,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args.engine = getattr(args, "engine", None) or ["nanoinfer"]
     if args.command == "latency" and args.output_len < 2:
         parser.error("--output-len must be at least 2: a decode step follows the prefill's token")
+    if args.command == "throughput" and args.sampling and (others := set(args.engine) - set(TAKE_SAMPLING)):
+        parser.error(f"--sampling is for {' and '.join(TAKE_SAMPLING)}, not for {', '.join(sorted(others))}")
     for name in ("input_len", "output_len") if args.command == "throughput" else ():
         low, high = getattr(args, name)
         if low > high:
@@ -115,6 +121,16 @@ def _positive(text: str) -> int:
     return value
 
 
+def _json_object(text: str) -> dict[str, object]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text}")
+    return value
+
+
 def _engines(text: str) -> list[str]:
     names = text.split(",")
     if unknown := [name for name in names if name not in ENGINES]:
@@ -127,7 +143,7 @@ def run_throughput(args: argparse.Namespace, command: Sequence[str]) -> None:
         config = target.model_config()
         workload = random_workload(
             args.num_requests, args.input_len, args.output_len, vocab_size=config.vocab_size,
-            temperature=args.temperature, seed=args.seed,
+            temperature=args.temperature, seed=args.seed, sampling=args.sampling,
         )  # fmt: skip
         measured = measure_engines(
             args.engine, target, command, throughput.Throughput,
@@ -136,7 +152,8 @@ def run_throughput(args: argparse.Namespace, command: Sequence[str]) -> None:
         cost = ModelCost.of(config, target.torch_dtype())
     best = workload.num_output_tokens / cost.workload_seconds(workload, measured.limits)
     what = (f"{args.num_requests} requests, {workload.num_prompt_tokens:,} prompt and "
-            f"{workload.num_output_tokens:,} output tokens, temperature {args.temperature}")  # fmt: skip
+            f"{workload.num_output_tokens:,} output tokens, temperature {args.temperature}"
+            + "".join(f", {name} {value}" for name, value in args.sampling.items()))  # fmt: skip
     title = _show(target, what, measured, cost, throughput.table(measured.rows, best))
     if args.plot:
         plot.plot_throughput(args.plot, title, measured.rows, best)

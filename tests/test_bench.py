@@ -13,6 +13,7 @@ from fake_engines import FakeSGLang, FakeVLLM
 from helpers import save_checkpoint
 
 import nanoinfer.ops
+from nanoinfer import LLM, SamplingParams
 from nanoinfer.bench import compare, engines, latency, machine, ops, plot, target
 from nanoinfer.bench.cost import ModelCost
 from nanoinfer.bench.engines import ENGINES
@@ -122,6 +123,25 @@ def test_throughput_reports_what_it_ran(folder: Path, quick, capsys) -> None:
     assert row["engine"] == "nanoinfer" and row["peak_rss_bytes"] > 2**20
     assert report["limit"]["output_tokens_per_s"] > 0 and report["machine"]["read_gb_per_s"] > 0
     assert report["skipped"] == report["failed"] == []
+
+
+def test_sampling_options_reach_every_request(folder: Path, quick, capsys, monkeypatch) -> None:
+    """As SamplingParams has them, in the warm-up as well; the report says so."""
+    made, generate = [], LLM.generate
+
+    def recorded(llm: LLM, prompts: object, params: list[SamplingParams], **options: object) -> object:
+        made.extend(params)
+        return generate(llm, prompts, params, **options)
+
+    monkeypatch.setattr(LLM, "generate", recorded)
+    sampling = {"top_k": 5, "logprobs": 2, "presence_penalty": 0.5}
+    bench.main([
+        "throughput", "--model", str(folder), "--num-requests", "5", "--input-len", "3", "9", "--output-len", "2", "6",
+        "--device", "cpu", "--sampling", json.dumps(sampling),
+    ])  # fmt: skip
+    assert len(made) == 8 + 5
+    assert all((each.top_k, each.logprobs, each.presence_penalty) == (5, 2, 0.5) for each in made)
+    assert "top_k 5, logprobs 2" in last_line(capsys)["workload"]
 
 
 def test_latency_reports_every_point_beside_its_floor(folder: Path, quick, capsys) -> None:
@@ -302,6 +322,9 @@ def test_nothing_to_measure_is_an_error(monkeypatch, folder: Path) -> None:
         (["latency", "--batch", "0"], "at least 1, got 0"),
         (["throughput", "--input-len", "9", "3"], "MIN is 9, MAX is 3"),
         (["ops", "--shapes", "gpt2"], "invalid choice"),
+        (["throughput", "--sampling", "top_k=5"], "must be JSON"),
+        (["throughput", "--sampling", "[5]"], "must be a JSON object, got [5]"),
+        (["throughput", "--sampling", '{"top_k": 5}', "--engine", "hf,vllm"], "--sampling is for nanoinfer and vllm"),
         (["throughput", "--eng", "nanoinfer,hf"], "unrecognized arguments: --eng"),  # each child would start its own
     ],
 )

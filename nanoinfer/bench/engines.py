@@ -17,6 +17,9 @@ from nanoinfer.bench.workload import Workload
 
 Options = Mapping[str, object]
 
+# Those that take SamplingParams by nanoinfer's names.
+TAKE_SAMPLING = ("nanoinfer", "vllm")
+
 # What to import, so that nothing is left to import when the engine starts.
 MODULES = {
     "nanoinfer": "nanoinfer.engine.llm",
@@ -55,8 +58,13 @@ class Nanoinfer:
     def generate(self, workload: Workload) -> list[list[int]]:
         from nanoinfer import SamplingParams
 
-        params = [SamplingParams(temperature=workload.temperature, max_tokens=length, ignore_eos=True, detokenize=False)
-                  for length in workload.output_lens]  # fmt: skip
+        params = [
+            SamplingParams(
+                temperature=workload.temperature, max_tokens=length, ignore_eos=True, detokenize=False,
+                **workload.sampling,
+            )
+            for length in workload.output_lens
+        ]  # fmt: skip
         outputs = self.llm.generate(workload.prompts, params, use_tqdm=False)
         if errors := [output.error for output in outputs if output.error]:
             raise RuntimeError(f"{len(errors)} of {len(outputs)} requests failed: {errors[0]}")
@@ -135,10 +143,11 @@ class VLLM:
     def generate(self, workload: Workload) -> list[list[int]]:
         params = [
             self.module.SamplingParams(
-                temperature=workload.temperature, max_tokens=length, ignore_eos=True, detokenize=False
+                temperature=workload.temperature, max_tokens=length, ignore_eos=True, detokenize=False,
+                **workload.sampling,
             )
             for length in workload.output_lens
-        ]
+        ]  # fmt: skip
         prompts = [{"prompt_token_ids": ids} for ids in workload.prompts]
         outputs = self.llm.generate(prompts, params, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in outputs]

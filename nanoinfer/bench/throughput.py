@@ -27,7 +27,10 @@ class Throughput:
 def measure(name: str, target: Target, options: Options, workload: Workload, vocab_size: int) -> Throughput:
     """Run the workload once, after a small one of other prompts for what an engine does on first use."""
     engine = ENGINES[name](target, options)
-    warm_up = random_workload(8, (16, 32), (4, 8), vocab_size=vocab_size, temperature=workload.temperature, seed=-1)
+    warm_up = random_workload(
+        8, (16, 32), (4, 8), vocab_size=vocab_size, temperature=workload.temperature, seed=-1,
+        sampling=workload.sampling,
+    )  # fmt: skip
     run(engine, warm_up)
     seconds = timed(lambda: run(engine, workload), target.device)
     peak = peak_memory(target.device)

@@ -1,7 +1,9 @@
 """Requests to measure with: random token ids of drawn lengths, the same for every engine."""
 
 import random
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 TOKEN_RANGE = (0, 10_000)
 
@@ -13,6 +15,7 @@ class Workload:
     prompts: list[list[int]]
     output_lens: list[int]
     temperature: float
+    sampling: Mapping[str, Any] = field(default_factory=dict)  # further options of SamplingParams, for all
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -25,7 +28,7 @@ class Workload:
 
 def random_workload(
     num_requests: int, input_len: tuple[int, int], output_len: tuple[int, int], *, vocab_size: int,
-    temperature: float, seed: int,
+    temperature: float, seed: int, sampling: Mapping[str, Any] | None = None,
 ) -> Workload:  # fmt: skip
     """Requests of lengths drawn evenly from [low, high] and of random ids.
 
@@ -35,7 +38,7 @@ def random_workload(
     rng = random.Random(seed)
     prompts = [[rng.randint(*TOKEN_RANGE) % vocab_size for _ in range(rng.randint(*input_len))]
                for _ in range(num_requests)]  # fmt: skip
-    return Workload(prompts, [rng.randint(*output_len) for _ in range(num_requests)], temperature)
+    return Workload(prompts, [rng.randint(*output_len) for _ in range(num_requests)], temperature, sampling or {})
 
 
 def equal_workload(batch: int, context: int, output_len: int, *, vocab_size: int, seed: int) -> Workload:
