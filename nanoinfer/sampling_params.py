@@ -1,7 +1,7 @@
 """SamplingParams: what a request may ask for, with vLLM's names and defaults, validated when made."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,9 @@ logger = logging.getLogger("nanoinfer")
 MIN_TEMPERATURE = 0.01  # below this, logits / temperature leaves the range in which float32 tells them apart
 MAX_STOP_TOKENS = 1024
 MAX_STOP_STRINGS = 1024
+MAX_BAD_WORDS = 1024
+MAX_PROCESSORS = 64
+MAX_IDS = 2**20  # of logit_bias and allowed_token_ids: more than vocabularies have
 MAX_CHOICES = 4096
 
 
@@ -99,7 +102,7 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", tuple(map(int, ids)))  # the caller's list may change
 
     def _check_stop(self) -> None:
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        stop = [self.stop] if isinstance(self.stop, str) else () if self.stop is None else self.stop
         if not isinstance(stop, Sequence) or not all(isinstance(text, str) and text for text in stop):
             raise InvalidRequest(f"stop must be a string or a list of strings, none of them empty, got {self.stop!r}")
         if len(stop) > MAX_STOP_STRINGS:
@@ -120,22 +123,37 @@ class SamplingParams:
 
     def _check_logits(self) -> None:
         """Copies are kept: the caller's own may change."""
-        for id_, value in (self.logit_bias or {}).items():
-            check_integer("logit_bias's ids", int(id_) if isinstance(id_, str) and id_.isdigit() else id_, 0, 2**31 - 1)
-            check_number(f"logit_bias[{id_}]", value, -100, 100)
         if self.logit_bias is not None:
+            self._check_size("logit_bias", self.logit_bias, Mapping, MAX_IDS, "a dict of ids and numbers")
+            for id_, value in self.logit_bias.items():
+                of_json = isinstance(id_, str) and id_.isascii() and id_.isdigit()
+                check_integer("logit_bias's ids", int(id_) if of_json else id_, 0, 2**31 - 1)
+                check_number(f"logit_bias[{id_}]", value, -100, 100)
             object.__setattr__(self, "logit_bias", {int(id_): float(v) for id_, v in self.logit_bias.items()})
         if self.allowed_token_ids is not None:
+            self._check_size("allowed_token_ids", self.allowed_token_ids, Sequence, MAX_IDS, "a list of integers")
             if not self.allowed_token_ids:
                 raise InvalidRequest("allowed_token_ids must hold at least 1 id, got none")
             for i, id_ in enumerate(self.allowed_token_ids):
                 check_integer(f"allowed_token_ids[{i}]", id_, 0, 2**31 - 1)
             object.__setattr__(self, "allowed_token_ids", tuple(map(int, self.allowed_token_ids)))
-        words = self.bad_words or []
-        if isinstance(words, str) or not all(isinstance(word, str) and word for word in words):
+        words = () if self.bad_words is None else self.bad_words
+        processors = () if self.logits_processors is None else self.logits_processors
+        self._check_size("bad_words", words, Sequence, MAX_BAD_WORDS, "a list of strings")
+        if not all(isinstance(word, str) and word for word in words):
             raise InvalidRequest(f"bad_words must be a list of strings, none of them empty, got {self.bad_words!r}")
-        if not all(map(callable, self.logits_processors or [])):
+        self._check_size("logits_processors", processors, Sequence, MAX_PROCESSORS, "a list of callables")
+        if not all(map(callable, processors)):
             raise InvalidRequest(f"logits_processors must be callables, got {self.logits_processors!r}")
+        object.__setattr__(self, "bad_words", tuple(words))
+        object.__setattr__(self, "logits_processors", tuple(processors))
+
+    @staticmethod
+    def _check_size(field: str, value: Collection[object], kind: type, most: int, what: str) -> None:
+        if isinstance(value, (str, bytes)) or not isinstance(value, kind):
+            raise InvalidRequest(f"{field} must be {what}, got {value!r}")
+        if len(value) > most:
+            raise InvalidRequest(f"{field} may hold {most} entries, got {len(value)}")
 
     @property
     def sampled_temperature(self) -> float:
