@@ -25,6 +25,7 @@ SETTINGS = {
     "min_p before top_k": (1.0, 300, 1.0, 0.2),
     "all three": (2.0, 100, 0.95, 1e-4),
 }
+CERTAIN = ("greedy", "cold", "top_k 1", "top_p tiny", "min_p 1")  # draw the same id whatever the random number
 settings = pytest.mark.parametrize("setting", list(SETTINGS))
 VOCABULARIES = [1, 2, 15, 511, 512, 513, 8193, 10000, 151936]
 
@@ -98,6 +99,25 @@ def test_draws_follow_the_distribution(device: str, setting: str) -> None:
     assert g_test(torch.bincount(tokens, minlength=vocab), weights / weights.sum()) > 1e-6
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("setting", ["all", "top_k 20", "top_p 0.8", "all three"])
+@pytest.mark.parametrize("vocab", [40, 5000])
+def test_ten_million_draws_follow_the_distribution(vocab: int, setting: str) -> None:
+    """A bias of 1 in 1,000 of a likely id would show; nothing that the filters cut is ever drawn."""
+    rounds, count = 20, 500_000
+    logits = random_logits(1, vocab, 2.0)[0]
+    temperature, *filters = SETTINGS[setting]
+    weights = reference.keep_weights(logits.double() / temperature, *filters)
+    rows, counts = torch.arange(count, dtype=torch.int32), torch.zeros(vocab, dtype=torch.int64)
+    spread = logits.cuda().expand(count, -1)
+    for i in range(rounds):
+        tokens, _ = draw(spread, make_rows(count, *SETTINGS[setting], seed=i), rows, vocab, "cuda")
+        counts += torch.bincount(tokens, minlength=vocab)
+    assert counts.sum() == 10_000_000
+    assert g_test(counts, weights / weights.sum()) >= 1e-6
+
+
 def g_test(counts: Tensor, probabilities: Tensor) -> float:
     """p-value of counts under the probabilities: 2 sum(n log(n / expected)) is chi-squared (Woolf, 1957)."""
     assert not counts[probabilities == 0].any()
@@ -140,6 +160,26 @@ def test_a_row_does_not_depend_on_its_neighbours(device: str) -> None:
     again, _ = draw(logits.flip(0), row_state, torch.arange(rows, dtype=torch.int32).flip(0), vocab, device)
     torch.set_num_threads(before)
     assert torch.equal(again.flip(0), together)
+
+
+@settings
+def test_seed_and_position_decide_in_any_batch(device: str, setting: str) -> None:
+    """The same logits, seed and position give the same id in batches of any size, in any row and any place."""
+    vocab = 2000
+    row_state = make_rows(300, *SETTINGS[setting], seed=9)
+    row_state[:, SEED_LO] = torch.arange(301) // 6  # some share a seed, some a position, some both
+    row_state[:, SEED_LO + 1], row_state[:, LENGTH] = 5, torch.arange(301) % 3
+    logits = random_logits(1, vocab, 2.0).expand(300, -1)
+    drawn: dict[tuple[int, int], set[int]] = {}
+    generator = torch.Generator().manual_seed(4)
+    for size in (1, 2, 17, 64, 300):
+        rows = torch.randperm(300, generator=generator)[:size].int()
+        tokens, _ = draw(logits[:size], row_state, rows, vocab, device)
+        for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
+            drawn.setdefault((row // 6, row % 3), set()).add(token)
+    assert all(len(tokens) == 1 for tokens in drawn.values()) and len(drawn) == 150
+    different = {token for tokens in drawn.values() for token in tokens}
+    assert len(different) == 1 if setting in CERTAIN else len(different) > 1
 
 
 @pytest.mark.parametrize("vocab", VOCABULARIES)
