@@ -2,6 +2,7 @@
 
     python bench.py throughput                          # 256 requests of 100-1024 tokens in and out, the demo model
     python bench.py throughput --model Qwen/Qwen2.5-0.5B-Instruct --engine nanoinfer,hf,vllm,sglang
+    python bench.py throughput --sampling '{"top_k": 50, "logprobs": 5}'   # with these options for every request
     python bench.py latency --config qwen2-0.5b --batch 1 8 32 --context 128 1024 --plot latency.png
     python bench.py startup --model ./my-model --engine nanoinfer,hf
     python bench.py ops --shapes qwen2-7b

@@ -57,6 +57,10 @@ class Logprobs(Sequence[dict[int, Logprob] | None]):
     def __repr__(self) -> str:
         return repr(list(self))
 
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        """Copied and sent elsewhere it is a list: the texts may come from a tokenizer, which stays here."""
+        return list, (list(self),)
+
 
 @dataclass(frozen=True, slots=True)
 class CompletionOutput:

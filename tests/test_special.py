@@ -1,6 +1,8 @@
 """What requests want beside tokens costs what they ask for: in the steps that need it, once, only of what is new."""
 
 from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,14 @@ def test_steps_are_special_only_as_long_as_needed(
     assert len(steps) == expected
 
 
+@pytest.mark.parametrize("also", [{}, {"logprobs": 0}, {"temperature": 1.0}], ids=str)
+@pytest.mark.parametrize("count", [0, 1, 5, 12])
+def test_min_tokens_is_exact(llm: LLM, count: int, also: dict[str, object]) -> None:
+    """Where nothing but an end is likely, it comes right after so many other tokens."""
+    want = params(allowed_token_ids=[5, 6], logit_bias={6: 100}, stop_token_ids=[6], min_tokens=count, **also)
+    assert llm.generate(PROMPT, want, use_tqdm=False)[0]["token_ids"] == ([5] * count + [6])[:12]
+
+
 def test_requests_are_told_of_together(llm: LLM, steps: list[Special]) -> None:
     """One group for all that want few likeliest ids, whatever their numbers; each gets as many as it asked for."""
     counts = [0, 3, 5, 20, None, 1]
@@ -123,5 +133,7 @@ def test_dicts_are_made_of_what_is_read(llm: LLM) -> None:
     assert told != dicts[1:] and told != dicts[::-1]
     assert all(each.decoded_token == tokenizer.decode([id_], False) for place in told for id_, each in place.items())
     assert repr(told) == repr(dicts)
+    for copy in (deepcopy(told), asdict(out)["outputs"][0]["logprobs"]):
+        assert type(copy) is list and copy == dicts
     with pytest.raises(IndexError):
         told[12]
