@@ -198,6 +198,16 @@ EXAMPLES: dict[str, Callable[[], Arguments]] = {
         "bias": torch.randn(8),
         "float_out": False,
     },
+    "tile_linear": lambda: {
+        "x": torch.randn(20, 64),
+        "weight": torch.randn(48, 64),
+        "bias": torch.randn(48),
+        "gated": False,
+        "cols": 40,
+        "tiles": 1,
+        "split": 1,
+        "blocks": 1,
+    },
     "penalize": _penalize,
     "sample": lambda: {
         "logits": torch.randn(2, 50),

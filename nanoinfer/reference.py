@@ -149,6 +149,13 @@ def thin_linear(x: Tensor, weight: Tensor, bias: Tensor | None, float_out: bool)
     return out if float_out else out.to(x.dtype)
 
 
+def tile_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool, cols: int, tiles: int, split: int, blocks: int
+) -> Tensor:
+    wide = thin_linear(x, weight, bias, True)
+    return (silu_and_mul(wide) if gated else wide).to(x.dtype)
+
+
 def penalize(
     logits: Tensor, sample_rows: Tensor, row_state: Tensor, block_tables: Tensor, slot_tokens: Tensor, block_size: int
 ) -> None:

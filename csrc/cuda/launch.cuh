@@ -8,6 +8,7 @@
 // whoever wrote the kernel before:
 //   - A kernel reads and writes nothing until wait_for_earlier_kernels() has returned; before that it may work out
 //     addresses, and ask for memory to be brought into the second cache, which changes nothing that anyone can see.
+//     Weights alone it may read before, if its op says that they must not be what a kernel of ours has just written.
 //     One op may read more, if its caller says that this was written long before: see tables_ready of paged_attention.
 //   - Every thread of every block calls it: a kernel that ended without would let the next one go on too early.
 
@@ -38,20 +39,23 @@ bool may_overlap(void (*kernel)(Params)) {
     return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
 }
 
-// Launches a kernel that keeps the rules above; `shared`: bytes of dynamic shared memory.
+// Launches a kernel that keeps the rules above; `shared`: bytes of dynamic shared memory; `cluster`: so many blocks
+// that follow each other reach each other's shared memory (more than one only where the kernel may overlap).
 template <typename Params>
 cudaError_t launch_kernel(void (*kernel)(Params), dim3 grid, int threads, size_t shared, cudaStream_t stream,
-                          const Params& params) {
-    cudaLaunchAttribute overlap = {};
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
+                          const Params& params, int cluster = 1) {
+    cudaLaunchAttribute attributes[2] = {};
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {unsigned(cluster), 1, 1};
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;
     config.blockDim = dim3(threads);
     config.dynamicSmemBytes = shared;
     config.stream = stream;
-    config.attrs = &overlap;
-    config.numAttrs = may_overlap(kernel) ? 1 : 0;
+    config.attrs = attributes;
+    config.numAttrs = may_overlap(kernel) ? (cluster > 1 ? 2 : 1) : 0;
     return cudaLaunchKernelEx(&config, kernel, params);
 }
 

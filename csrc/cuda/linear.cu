@@ -1,19 +1,20 @@
+#include "activation.cuh"
 #include "linear.cuh"
+#include "linear_tile.cuh"
 #include "op.h"
 
 namespace nanoinfer {
 namespace {
 
-void check(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-    Want("thin_linear", "x", x).floating().shape({-1, -1}).dense(1);
-    require(x.size(0) <= cuda::kThinRows, "thin_linear: x must have at most ", cuda::kThinRows, " rows, got ",
-            x.size(0));
-    Want("thin_linear", "weight", weight).dtype(x.scalar_type()).shape({-1, x.size(1)}).dense(1).same_device(x);
-    if (bias) Want("thin_linear", "bias", *bias).dtype(x.scalar_type()).shape({weight.size(0)}).dense(0).same_device(x);
+void check(const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+    Want(op, "x", x).floating().shape({-1, -1}).dense(1);
+    Want(op, "weight", weight).dtype(x.scalar_type()).shape({-1, x.size(1)}).dense(1).same_device(x);
+    if (bias) Want(op, "bias", *bias).dtype(x.scalar_type()).shape({weight.size(0)}).dense(0).same_device(x);
 }
 
-Tensor thin_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool float_out) {
-    check(x, weight, bias);
+// Any number of rows, kThinRows at a time.
+Tensor by_thin_rows(const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                    bool float_out) {
     Tensor out = empty({x.size(0), weight.size(0)}, x, float_out ? ScalarType::Float : x.scalar_type());
     const cuda::ThinLinear params = {
         .x = x.data_ptr(),
@@ -27,12 +28,86 @@ Tensor thin_linear(const Tensor& x, const Tensor& weight, const std::optional<Te
         .weight_stride = weight.stride(0),
         .float_out = float_out,
     };
-    with_type(x, [&](auto number) { launch("thin_linear", x, cuda::thin_linear<decltype(number)>, params); });
+    with_type(x, [&](auto number) { launch(op, x, cuda::thin_linears<decltype(number)>, params); });
+    return out;
+}
+
+Tensor thin_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool float_out) {
+    check("thin_linear", x, weight, bias);
+    require(x.size(0) <= cuda::kThinRows, "thin_linear: x must have at most ", cuda::kThinRows, " rows, got ",
+            x.size(0));
+    return by_thin_rows("thin_linear", x, weight, bias, float_out);
+}
+
+void check_tiles(const cuda::TileLinear& p, bool bias) {
+    require(!p.gated || p.weight_rows % 2 == 0, "tile_linear: gated, weight must have an even number of rows, got ",
+            p.weight_rows);
+    require(!p.gated || !bias, "tile_linear: gated, there must be no bias");
+    const int c = p.cols;
+    if (p.gated) {
+        require(c == 80 || c == 144 || c == 160, "tile_linear: gated, cols must be 80, 144 or 160, got ", c);
+    } else {
+        require(c == 40 || c == 48 || c == 56 || c == 64 || c == 96,
+                "tile_linear: cols must be 40, 48, 56, 64 or 96, got ", c);
+    }
+    require(p.tiles >= 1 && p.tiles <= cuda::kMaxTiles, "tile_linear: tiles must be 1 to ", cuda::kMaxTiles, ", got ",
+            p.tiles);
+    require(p.split >= 1 && p.split <= cuda::kMaxParts, "tile_linear: split must be 1 to ", cuda::kMaxParts, ", got ",
+            p.split);
+    require(p.blocks == 1 || p.blocks == 2, "tile_linear: blocks must be 1 or 2, got ", p.blocks);
+}
+
+// Whether `on`'s GPU has linear_tile.cuh's kernel.
+bool has_tiles(const Tensor& on) {
+    const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
+    return cuda::has_tiles();
+}
+
+Tensor silu_and_mul(const char* op, const Tensor& x) {
+    Tensor out = empty({x.size(0), x.size(1) / 2}, x);
+    const cuda::SiluAndMul params = {x.data_ptr(), out.data_ptr(), out.size(0), out.size(1), x.stride(0)};
+    with_type(x, [&](auto number) { launch(op, x, cuda::silu_and_mul<decltype(number)>, params); });
+    return out;
+}
+
+Tensor tile_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool gated, int64_t cols,
+                   int64_t tiles, int64_t split, int64_t blocks) {
+    const char* op = "tile_linear";
+    check(op, x, weight, bias);
+    cuda::TileLinear params = {
+        .x = x.data_ptr(),
+        .weight = weight.data_ptr(),
+        .bias = bias ? bias->data_ptr() : nullptr,
+        .out = nullptr,
+        .rows = int(x.size(0)),
+        .dim = x.size(1),
+        .weight_rows = weight.size(0),
+        .x_stride = x.stride(0),
+        .weight_stride = weight.stride(0),
+        .gated = gated,
+        .cols = int(cols),
+        .tiles = int(tiles),
+        .split = int(split),
+        .blocks = int(blocks),
+    };
+    check_tiles(params, bias.has_value());
+    if (x.scalar_type() == ScalarType::Float || !cuda::tiles_fit(params) || !has_tiles(x)) {
+        const Tensor wide = by_thin_rows(op, x, weight, bias, false);
+        return gated ? silu_and_mul(op, wide) : wide;
+    }
+    Tensor out = empty({x.size(0), gated ? weight.size(0) / 2 : weight.size(0)}, x);
+    params.out = out.data_ptr();
+    const bool half = x.scalar_type() == ScalarType::Half;
+    launch(op, x, half ? cuda::tile_linear<__half> : cuda::tile_linear<__nv_bfloat16>, params);
     return out;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(nanoinfer, CUDA, m) { m.impl("thin_linear", TORCH_BOX(&thin_linear)); }
+STABLE_TORCH_LIBRARY_IMPL(nanoinfer, CUDA, m) {
+    m.impl("thin_linear", TORCH_BOX(&thin_linear));
+    m.impl("tile_linear", TORCH_BOX(&tile_linear));
+    m.impl("has_tiles", TORCH_BOX(&has_tiles));
+}
 
 }  // namespace nanoinfer

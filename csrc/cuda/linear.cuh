@@ -250,12 +250,25 @@ inline ThinPlan plan_thin_linear(const ThinLinear& p) {
 
 template <typename T>
 cudaError_t thin_linear(const ThinLinear& p, cudaStream_t stream) {
-    if (p.rows * p.out_dim == 0) return cudaSuccess;
     if constexpr (sizeof(T) == 2) return launch_thin_linear<T>(p, plan_thin_linear(p), stream);
     const bool aligned =
         p.dim % 4 == 0 && fits_vectors<float>(p.x, p.x_stride) && fits_vectors<float>(p.weight, p.weight_stride);
     const auto kernel = aligned ? thin_linear_floats_kernel<true> : thin_linear_floats_kernel<false>;
     return launch_kernel(kernel, dim3(ceil_div(p.out_dim, kFloatsWarps)), kFloatsThreads, 0, stream, p);
+}
+
+// Any number of rows, kThinRows at a time.
+template <typename T>
+cudaError_t thin_linears(const ThinLinear& whole, cudaStream_t stream) {
+    const int64_t out_size = whole.float_out ? sizeof(float) : sizeof(T);
+    for (int row = 0; row < whole.rows && whole.out_dim > 0; row += kThinRows) {
+        ThinLinear p = whole;
+        p.rows = whole.rows - row < kThinRows ? whole.rows - row : kThinRows;
+        p.x = static_cast<const T*>(whole.x) + row * whole.x_stride;
+        p.out = static_cast<char*>(whole.out) + row * whole.out_dim * out_size;
+        if (const cudaError_t error = thin_linear<T>(p, stream)) return error;
+    }
+    return cudaSuccess;
 }
 
 }  // namespace nanoinfer::cuda

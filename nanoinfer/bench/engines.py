@@ -48,7 +48,7 @@ class Nanoinfer:
         from nanoinfer import LLM, ops
 
         self.version = str(import_module("nanoinfer").__version__)
-        if missing := sorted(name for name in ops.SCHEMAS if (name, target.device.upper()) not in ops.COMPILED):
+        if missing := ops.missing_kernels(target.device.upper()):
             self.version += f" (not compiled: {', '.join(missing)})"
         self.llm = LLM(
             target.folder, device=target.device, dtype=target.dtype, skip_tokenizer_init=True,
