@@ -58,6 +58,23 @@ class MergedColumnLinear(ColumnLinear):
                 yield Source(f"{parent}.{part}.{name}", view, self.shard_dim_of(parameter), self.mean)
 
 
+class GatedLinear(MergedColumnLinear):
+    """silu(gate) * up (SwiGLU, Shazeer, 2020): two ColumnLinears of one input, without biases. [T, in] -> [T, out].
+
+    gate, up: their names in the checkpoint, as siblings of this module.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, gate: str, up: str, *, device: torch.device, dtype: torch.dtype,
+        tp: TP,
+    ) -> None:  # fmt: skip
+        parts = {gate: out_features, up: out_features}
+        super().__init__(in_features, parts, bias=False, device=device, dtype=dtype, tp=tp)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.gated_linear(x, self.weight)
+
+
 class RowLinear(Linear):
     """Each rank has a part of the inputs; the outputs are summed over the ranks."""
 

@@ -5,10 +5,9 @@ from torch import Tensor, nn
 
 from nanoinfer.batch import Batch
 from nanoinfer.config import ModelConfig
-from nanoinfer.layers.activation import SiluAndMul
 from nanoinfer.layers.attention import Attention
 from nanoinfer.layers.embedding import LMHead, VocabEmbedding
-from nanoinfer.layers.linear import MergedColumnLinear, RowLinear
+from nanoinfer.layers.linear import GatedLinear, RowLinear
 from nanoinfer.layers.norm import RMSNorm
 from nanoinfer.layers.rotary import rope_table
 from nanoinfer.utils.parallel import ALONE, TP
@@ -18,13 +17,11 @@ class Qwen2MLP(nn.Module):
     def __init__(self, config: ModelConfig, *, device: torch.device, dtype: torch.dtype, tp: TP) -> None:
         super().__init__()
         hidden, inner = config.hidden_size, config.intermediate_size
-        parts = {"gate_proj": inner, "up_proj": inner}
-        self.gate_up_proj = MergedColumnLinear(hidden, parts, bias=False, device=device, dtype=dtype, tp=tp)
-        self.act = SiluAndMul()
+        self.gate_up_proj = GatedLinear(hidden, inner, "gate_proj", "up_proj", device=device, dtype=dtype, tp=tp)
         self.down_proj = RowLinear(inner, hidden, bias=False, device=device, dtype=dtype, tp=tp)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act(self.gate_up_proj(x)))  # type: ignore[no-any-return]
+        return self.down_proj(self.gate_up_proj(x))  # type: ignore[no-any-return]
 
 
 class Qwen2Layer(nn.Module):
