@@ -25,10 +25,10 @@ from nanoinfer.engine.model_runner import CacheShape, DeviceTraits, ModelRunner,
 from nanoinfer.engine.request_table import row_values
 from nanoinfer.engine.requests import Limits
 from nanoinfer.engine.rows import Chunk, Ints, Step
-from nanoinfer.engine.sequence import Sequence, Status
+from nanoinfer.engine.sequence import Sequence, Status, ToldByPlace
 from nanoinfer.engine.startup import Parts
 from nanoinfer.engine_config import EngineConfig
-from nanoinfer.outputs import RequestOutput, TokenLogprobs
+from nanoinfer.outputs import RequestOutput
 from nanoinfer.row_state import LENGTH, SEED_HI, SEED_LO
 
 VOCAB = 12
@@ -136,7 +136,7 @@ class LostStep:
     def tokens(self) -> Ints:
         raise RuntimeError("injected: the step is lost")
 
-    def told(self) -> dict[int, TokenLogprobs]:
+    def told(self) -> ToldByPlace:
         raise AssertionError("tokens come first")
 
 

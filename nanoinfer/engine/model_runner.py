@@ -15,8 +15,8 @@ from nanoinfer import ops
 from nanoinfer.batch import Batch
 from nanoinfer.engine.request_table import RequestTable
 from nanoinfer.engine.rows import Ints, Step
+from nanoinfer.engine.sequence import ToldByPlace
 from nanoinfer.engine.special import Special
-from nanoinfer.outputs import TokenLogprobs
 from nanoinfer.utils.memory import available_host_memory
 
 logger = logging.getLogger("nanoinfer")
@@ -106,7 +106,7 @@ class StepHandle:
         self.wait()
         return self.sampled.numpy()
 
-    def told(self) -> dict[int, TokenLogprobs]:
+    def told(self) -> ToldByPlace:
         """Log probabilities asked for, by place among the tokens; those of prompts go to their sequences."""
         return self.special.read() if self.special is not None else {}
 

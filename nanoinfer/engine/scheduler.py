@@ -16,8 +16,7 @@ import numpy as np
 
 from nanoinfer.engine.block_manager import BlockManager
 from nanoinfer.engine.rows import Ints, Rows, Step
-from nanoinfer.engine.sequence import Sequence, Status
-from nanoinfer.outputs import TokenLogprobs
+from nanoinfer.engine.sequence import Sequence, Status, ToldByPlace
 
 _arrival = attrgetter("index")
 
@@ -111,7 +110,7 @@ class Scheduler:
             self.num_cached += seq.num_cached_tokens
         return seq
 
-    def commit(self, step: Step, tokens: Ints, told: dict[int, TokenLogprobs] | None = None) -> list[Sequence]:
+    def commit(self, step: Step, tokens: Ints, told: ToldByPlace | None = None) -> list[Sequence]:
         """Take back a step's sampled tokens, one for each chunk that samples; the sequences that it finished.
 
         told: log probabilities of some of them, by their place among the tokens.
@@ -127,7 +126,7 @@ class Scheduler:
             self._free_row(step.seqs[i])
         return finished
 
-    def _take(self, step: Step, tokens: Ints, told: dict[int, TokenLogprobs]) -> list[Sequence]:
+    def _take(self, step: Step, tokens: Ints, told: ToldByPlace) -> list[Sequence]:
         """Append each sampled token to its sequence; those for which it was the last.
 
         A sequence that ended while this was in flight drops its surplus token; a preempted one still takes it.
@@ -137,10 +136,10 @@ class Scheduler:
         takes = table.unfinished[rows] & (tokens >= 0)
         for i, token in zip(np.flatnonzero(takes).tolist(), tokens[takes].tolist(), strict=True):
             seqs[i].tokens.append(token)
-        for i, logprobs in told.items():
+        for i, (logprobs, own) in told.items():
             if takes[i]:
                 seqs[i].logprobs.append(logprobs)
-                seqs[i].cumulative_logprob += float(logprobs.view(np.float32)[2])
+                seqs[i].cumulative_logprob += own
         self.num_generated += int(np.count_nonzero(takes))
         for i in np.flatnonzero(ends == table.prompt_length[rows]).tolist():
             seqs[i].first_token_time = monotonic()

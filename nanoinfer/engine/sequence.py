@@ -9,6 +9,8 @@ from nanoinfer.outputs import TokenLogprobs
 from nanoinfer.sampling_params import SamplingParams
 
 NOBODYS = Rows(0)
+# Of tokens, by place among those of a step: what is told, and the token's own log probability once more.
+ToldByPlace = dict[int, tuple[TokenLogprobs, float]]
 
 
 class Status(Enum):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nanoinfer.engine.logits_rules import NEVER, Upload, apply_rules
 from nanoinfer.engine.rows import Ints, Step
-from nanoinfer.engine.sequence import Sequence
+from nanoinfer.engine.sequence import Sequence, ToldByPlace
 from nanoinfer.outputs import TokenLogprobs
 
 # Requests that want no more than so many likeliest ids are told of together, whatever number each of them wants.
@@ -34,13 +34,14 @@ class Told:
     numbers: Tensor  # [places, 1 + 2 * ids] int64: likelier ids than the first; ids; bits of their log probabilities
     host: Tensor | None = None  # the same there; `numbers` has to stay until it is complete
 
-    def read(self) -> list[TokenLogprobs]:
+    def read(self) -> TokenLogprobs:
+        """[places, 1 + 2 * ids], once it is there."""
         assert self.host is not None, "fetched before the step ends"
         numbers = self.host.numpy()
         rows = np.empty((len(numbers), numbers.shape[1]), dtype=np.int32)
         count = rows.shape[1] // 2
         rows[:, 0], rows[:, 1::2], rows[:, 2::2] = numbers[:, 0] + 1, numbers[:, 1 : count + 1], numbers[:, count + 1 :]
-        return list(rows)
+        return rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,15 +151,17 @@ class Special:
         for *_, told in (*self.told, *self.prompt_told):
             told.host = copy(told.numbers)
 
-    def read(self) -> dict[int, TokenLogprobs]:
+    def read(self) -> ToldByPlace:
         """What was fetched, once it is there: of samples by place among them; prompts' goes to their sequences."""
         for seq, first, told in self.prompt_told:
             seq.prompt_logprobs.update(enumerate(told.read(), first))
-        found = dict[int, TokenLogprobs]()
+        found: ToldByPlace = {}
         for seqs, places, told in self.told:
-            for seq, place, row in zip(seqs, places.tolist(), told.read(), strict=True):
+            rows = told.read()
+            own = rows.view(np.float32)[:, 2].tolist()
+            for seq, place, row, logprob in zip(seqs, places.tolist(), rows, own, strict=True):
                 wanted = seq.params.logprobs or 0
-                found[place] = row[: 3 + 2 * wanted] if wanted >= 0 else row
+                found[place] = row[: 3 + 2 * wanted] if wanted >= 0 else row, logprob
         return found
 
     def tell_prompts(self, hidden: Tensor, logits: Callable[[Tensor], Tensor], rows_at_once: int) -> None:
