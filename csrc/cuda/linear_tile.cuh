@@ -231,7 +231,7 @@ cudaError_t launch_tiles(const TileLinear& a, cudaStream_t stream) {
     p.split = a.split;
     p.x_rows = int(ceil_div(a.rows < p.block_rows ? a.rows : p.block_rows, 8)) * 8;
     const int bytes = plan_shared<kCols>(a, p), box_rows = kGated ? kCols / 2 : kCols;
-    if (p.stages < 2 && p.chunks > p.split) return cudaErrorInvalidConfiguration;  // a stage is read, another comes in
+    if (p.stages < (p.chunks > p.split ? 2 : 1)) return cudaErrorInvalidConfiguration;  // one is read, one comes in
     if (!describe_matrix<T>(p.weight_map, a.weight, a.weight_rows, a.dim, a.weight_stride, box_rows) ||
         !describe_matrix<T>(p.x_map, a.x, a.rows, a.dim, a.x_stride, p.x_rows)) {
         return cudaErrorNotSupported;
