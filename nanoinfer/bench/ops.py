@@ -156,7 +156,6 @@ def cases(shape: str, step: Step, device: torch.device, dtype: torch.dtype) -> I
     }  # fmt: skip
     for label, (inputs, outputs, rows) in parts.items():
         yield _linear_case(label, made(rows, inputs), made(outputs, inputs))
-    yield _gated_case(x, made(2 * inner, hidden))
     yield from _sampling_cases(step, noise(step.rows, vocab, device=device, dtype=torch.float32), vocab)
 
 
@@ -184,22 +183,21 @@ def _attention_cases(
     )  # fmt: skip
 
 
+def _product(x: Tensor, weight: Tensor, gated: bool, wide: bool) -> str:
+    """What `ops.linear` or `ops.gated_linear` takes for x and weight."""
+    if len(x) <= ops.THIN_ROWS and x.dtype in ops.HALVES:
+        return "thin_linear"
+    return "tile_linear" if not wide and ops.best_tiles(x, weight, gated) else "linear"
+
+
 def _linear_case(label: str, x: Tensor, weight: Tensor) -> Case:
-    """As the model calls it: `thin_linear` for few rows, for more what `linear` chooses."""
+    """As the model calls it: a kernel of ours where that is faster, the library's matrix product elsewhere."""
     rows, (outputs, inputs) = x.shape[0], weight.shape
-    name = "thin_linear" if rows <= ops.THIN_ROWS else "linear"
-    function, wide = getattr(ops, name), label == "lm_head"
-    moved = (weight.numel() + x.numel() + rows * outputs) * x.element_size()
-    return Case(name, lambda: function(x, weight, float_out=wide), moved, 2 * rows * inputs * outputs, label)
-
-
-def _gated_case(x: Tensor, weight: Tensor) -> Case:
-    """gate_up and its silu_and_mul in one, with the tiles that the model takes, or those for few rows."""
-    rows, (outputs, inputs) = x.shape[0], weight.shape
-    tiles = ops.best_tiles(x, weight, gated=True) or ops.Tiles(80, 1, 1, 2)
-    moved = (weight.numel() + x.numel() + rows * outputs // 2) * x.element_size()
-    run = partial(ops.tile_linear, x, weight, None, True, *tiles)
-    return Case("tile_linear", run, moved, 2 * rows * inputs * outputs, "gate_up")
+    gated, wide = label == "gate_up", label == "lm_head"
+    moved = (weight.numel() + x.numel() + rows * outputs // (1 + gated)) * x.element_size()
+    call = partial(ops.gated_linear, x, weight) if gated else partial(ops.linear, x, weight, float_out=wide)
+    name = _product(x, weight, gated, wide)
+    return Case(name, call, moved, 2 * rows * inputs * outputs, f"{label}, silu" if gated else label)
 
 
 def _sampling_cases(step: Step, logits: Tensor, vocab: int) -> Iterator[Case]:
