@@ -19,7 +19,7 @@ SHIPPED = [
 FLOORS = ["leaf", "reference", "ops", "layers", "models", "loader", "engine", "top"]
 LEAVES = {
     "batch", "config", "engine_config", "sampling_params", "inputs", "outputs", "errors", "options", "row_state",
-    "utils.parallel", "utils.interrupts", "utils.memory", "utils.json_fields", "utils.tokenizer", "utils.hub",
+    "tiles", "utils.parallel", "utils.interrupts", "utils.memory", "utils.json_fields", "utils.tokenizer", "utils.hub",
     "utils.checkpoint", "utils.staging", "utils.detokenizer", "utils.stop_strings",
 }  # fmt: skip
 MAX_FUNCTION_LINES = 60

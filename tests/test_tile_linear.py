@@ -9,7 +9,7 @@ from test_thin_linear import make, poisoned
 from torch import Tensor
 
 from nanoinfer import ops, reference
-from nanoinfer.ops import TILES, Tiles
+from nanoinfer.tiles import TILES, Tiles
 
 HALVES = [torch.bfloat16, torch.float16]
 COLS = {False: (40, 48, 56, 64, 96), True: (80, 144, 160)}

@@ -1,0 +1,56 @@
+"""The cuts of `tile_linear` that were measured to be the fastest, by the shapes of weights."""
+
+from typing import NamedTuple
+
+
+class Tiles(NamedTuple):
+    """How `tile_linear` cuts its work, see csrc/cuda/linear_tile.cuh. Every number of rows is right with every cut."""
+
+    cols: int  # weight rows of a block: 40, 48, 56, 64 or 96, gated 80, 144 or 160
+    tiles: int  # times 64 rows of x of a block: 1 to 3
+    split: int  # blocks that share these, each with a part of the inputs: 1 to 8
+    blocks: int  # blocks that share a multiprocessor's memory: 1 or 2
+
+
+# By weight's shape and whether it is gated: up to how many rows of x which tiles are fastest, or None where the library
+# is. Of Qwen2.5's 0.5B, 1.5B and 7B, measured on an H200 in bf16, each product in a CUDA graph of its like. Comments:
+# at so many rows us, and the library's, where gated with a kernel for silu.
+TILES: dict[tuple[int, int, bool], tuple[tuple[int, Tiles | None], ...]] = {
+    (1152, 896, False): (  # 32: 2.8, 4.0; 64: 3.1, 4.1; 96: 3.9, 4.3; 128: 4.0, 4.3; 256: 4.0, 4.5
+        (64, Tiles(56, 1, 4, 1)), (96, Tiles(40, 2, 3, 1)), (128, Tiles(56, 1, 2, 1)), (256, Tiles(48, 1, 1, 2)),
+    ),
+    (896, 896, False): (  # 32: 2.8, 4.0; 64: 3.0, 4.0; 96: 3.7, 4.1; 128: 3.7, 4.1; 256: 3.7, 4.4
+        (64, Tiles(56, 1, 4, 2)), (96, Tiles(40, 2, 3, 1)), (128, Tiles(40, 1, 2, 1)), (256, Tiles(40, 1, 1, 2)),
+    ),
+    (9728, 896, True): (  # 32: 7.8, 9.0; 64: 7.8, 9.2; 96: 8.5, 9.9; 128: 8.7, 10.3; 192: 9.7, 11.2; 256: 12.4, 14.0
+        (64, Tiles(80, 1, 1, 2)), (128, Tiles(80, 2, 1, 1)), (192, Tiles(80, 3, 1, 1)), (256, Tiles(160, 2, 1, 1)),
+    ),
+    (896, 4864, False): (  # 32: 5.2, 7.5; 64: 5.8, 7.7; 96: 6.6, 7.9; 128: 7.4, 8.2; 256: 8.9, 9.6
+        (32, Tiles(48, 1, 8, 2)), (64, Tiles(64, 1, 4, 1)), (96, Tiles(40, 2, 4, 1)), (128, Tiles(64, 1, 4, 1)),
+        (256, Tiles(64, 2, 4, 1)),
+    ),
+    (2048, 1536, False): (  # 32: 3.7, 5.2; 64: 4.5, 5.3
+        (32, Tiles(64, 1, 4, 2)), (64, Tiles(64, 1, 4, 1)),
+    ),
+    (1536, 1536, False): (  # 32: 3.4, 5.0; 64: 4.0, 5.1; 96: 5.0, 5.2
+        (64, Tiles(40, 1, 3, 2)), (96, Tiles(56, 2, 3, 1)),
+    ),
+    (17920, 1536, True): (  # 32: 17.6, 20.2; 64: 19.0, 20.3; 96: 20.8, 21.4; 128: 20.7, 23.9; 192: 23.3, 30.0
+        (32, Tiles(80, 1, 1, 2)), (64, Tiles(144, 1, 1, 1)), (128, Tiles(144, 2, 1, 1)), (192, Tiles(144, 3, 1, 1)),
+    ),
+    (1536, 8960, False): (  # 32: 10.1, 11.9; 64: 10.9, 12.0; 96: 11.9, 12.2
+        (32, Tiles(56, 1, 4, 1)), (64, Tiles(64, 1, 4, 1)), (96, Tiles(56, 2, 4, 1)),
+    ),
+    (3584, 3584, False): ((32, Tiles(40, 1, 1, 1)),),  # 32: 10.3, 11.2
+    (37888, 3584, True): (  # 32: 74.2, 80.3; 64: 73.0, 80.9; 192: 91.4, 105.6
+        (32, Tiles(160, 1, 1, 2)), (64, Tiles(144, 1, 1, 2)), (128, None), (192, Tiles(160, 3, 1, 1)),
+    ),
+    (3584, 18944, False): (  # 32: 38.5, 39.7; 64: 40.1, 43.0
+        (32, Tiles(48, 1, 3, 2)), (64, Tiles(96, 1, 3, 1)),
+    ),
+}  # fmt: skip
+
+
+def measured_tiles(outputs: int, inputs: int, gated: bool, rows: int) -> Tiles | None:
+    """For a weight [outputs, inputs] and so many rows of x; None where the library is faster, or nobody measured."""
+    return next((tiles for most, tiles in TILES.get((outputs, inputs, gated), ()) if rows <= most), None)
