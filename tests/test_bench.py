@@ -305,6 +305,7 @@ def test_several_engines_run_in_their_own_processes(tmp_path: Path, monkeypatch,
     assert (measured.skipped, measured.failed) == (["sglang"], ["hf"])
     errors = capfd.readouterr().err
     assert "sglang is not installed: skipped" in errors and "hf is to fail here" in errors
+    assert errors.index("nanoinfer: [{'engine'") < errors.index("measuring hf")  # nothing is lost if a later one hangs
 
 
 def test_nothing_to_measure_is_an_error(monkeypatch, folder: Path) -> None:

@@ -64,4 +64,6 @@ def _in_own_process(command: Sequence[str], engine: str) -> dict[str, Any] | Non
     if child.returncode:
         print(f"{engine} failed, as said above", file=sys.stderr)
         return None
-    return last_json(child.stdout)
+    report = last_json(child.stdout)
+    print(f"{engine}: {report['results']}", file=sys.stderr)  # the table comes last, and an engine may take an hour
+    return report
