@@ -209,6 +209,36 @@ def test_callback_gets_each_output_once(llm: LLM) -> None:
     assert sorted(seen, key=lambda out: out.index) == outs
 
 
+def test_callback_gets_refused_prompts_too(llm: LLM) -> None:
+    """Each with its own prompt's place, whatever was refused before it."""
+    seen: list[RequestOutput] = []
+    prompts = ["", PROMPTS[0], [-1], PROMPTS[1]]
+    outs = llm.generate(prompts, GREEDY, use_tqdm=False, callback=seen.append, on_error="return")
+    assert [out.index for out in outs] == [0, 1, 2, 3] and sorted(seen, key=lambda out: out.index) == outs
+    assert [out.prompt for out in outs] == [None, PROMPTS[0], None, PROMPTS[1]]
+
+
+def test_a_request_aborted_meanwhile_keeps_nobody_waiting(llm: LLM) -> None:
+    """Its output is what it had; somebody else's that nobody has fetched yet stays for them."""
+    engine = llm.llm_engine
+    foreign = engine.add_request(PROMPTS[2], SamplingParams(max_tokens=1))
+
+    def abort_all(output: RequestOutput) -> None:
+        engine.abort_request(set(engine.replies) - {foreign})
+
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (40, 4, 40)]
+    outs = llm.generate(PROMPTS, params, use_tqdm=False, callback=abort_all)
+    assert [out.outputs[0].finish_reason for out in outs] == ["abort", "length", "abort"]
+    whole = text_of(llm, PROMPTS[0])["token_ids"]
+    assert 0 < len(outs[0]["token_ids"]) < 40 and outs[0]["token_ids"] == whole[: len(outs[0]["token_ids"])]
+    ids = llm.enqueue(PROMPTS, GREEDY)
+    engine.abort_request(ids[1])
+    assert [out.request_id for out in llm.wait_for_completion(use_tqdm=False)] == [ids[0], ids[2]]
+    engine.abort_request(llm.enqueue(PROMPTS[0], GREEDY))
+    assert llm.wait_for_completion(use_tqdm=False) == []
+    assert [out.request_id for out in engine.step()] == [foreign]
+
+
 def test_enqueued_prompts_come_in_their_order(llm: LLM) -> None:
     ids = llm.enqueue(PROMPTS[:2], GREEDY) + llm.enqueue(PROMPTS[2], GREEDY)
     outs = llm.wait_for_completion(use_tqdm=False)

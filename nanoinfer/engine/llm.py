@@ -3,7 +3,9 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from numbers import Real
+from operator import attrgetter
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
@@ -45,26 +47,26 @@ class LLM:
         sampling_params: one for all, one for each, or None for the model's own defaults. Outputs come in the order of
         the prompts; `callback` gets each of them as soon as it has finished. Raises InvalidRequest naming the index of
         a prompt that cannot be served, before anything runs; with on_error="return" that prompt's output has the error,
-        as has that of a request that fails while it runs, and the others are served.
+        as has that of a request that fails while it runs, and the others are served. The output of a request that is
+        aborted meanwhile has what it generated before.
         """
         if on_error not in ("raise", "return"):
             raise InvalidRequest(f"on_error must be 'raise' or 'return', got {on_error!r}")
         failed: dict[int, RequestOutput] = {}
         requests = self._check(_as_list(prompts), sampling_params, failed if on_error == "return" else None)
-        ids: list[str] = []
-        done: dict[str, RequestOutput] = {}
+        served = (i for i in range(len(requests) + len(failed)) if i not in failed)
+        places: dict[str, int] = {}
+        done: list[RequestOutput] = []
         try:
-            with deferred_interrupt():  # no request may be queued without its id in `ids`
-                ids.extend(self.llm_engine.enqueue(request) for request in requests)
-            for output in self._run(ids, use_tqdm):
-                done[output.request_id] = output
+            with deferred_interrupt():  # no request may be queued without its id in `places`
+                places.update((self.llm_engine.enqueue(request), next(served)) for request in requests)
+            for output in chain(failed.values(), self._run(places, use_tqdm)):
+                done.append(output)
                 if callback is not None:
                     callback(output)
         finally:  # after Ctrl-C nothing of this call stays behind
-            self.llm_engine.abort_request(ids)
-        served = iter(ids)
-        outputs = [failed.get(i) or done[next(served)] for i in range(len(ids) + len(failed))]
-        return [replace(output, index=i) for i, output in enumerate(outputs)]
+            self.llm_engine.abort_request(places)
+        return sorted(done, key=attrgetter("index"))
 
     def stream(
         self, prompts: PromptType | Sequence[PromptType], sampling_params: Params = None
@@ -111,26 +113,34 @@ class LLM:
                 if failed is None:
                     raise InvalidRequest(f"prompts[{i}]: {error}") from error
                 choice = CompletionOutput(0, "", [], "error")
-                failed[i] = RequestOutput("", None, [], [choice], finished=True, error=str(error))
+                failed[i] = RequestOutput("", None, [], [choice], finished=True, error=str(error), index=i)
         return requests
 
-    def _run(self, ids: list[str], use_tqdm: bool) -> Iterator[RequestOutput]:
-        """Step until these requests have finished; each one's output as it comes."""
-        places = {request_id: i for i, request_id in enumerate(ids)}
+    def _run(self, places: Mapping[str, int], use_tqdm: bool) -> Iterator[RequestOutput]:
+        """Step until these requests have finished; each one's output, with its place, as it comes.
+
+        Those of requests that somebody aborts come last; of requests that were aborted before there are none.
+        """
+        engine = self.llm_engine
+        replies = {request_id: engine.replies.get(request_id) for request_id in places}
         began, tokens_in, tokens_out = time.perf_counter(), 0, 0
-        with tqdm(total=len(ids), desc="Processed prompts", disable=not use_tqdm, dynamic_ncols=True) as bar:
-            while places:
-                for output in self.llm_engine.step():
-                    if output.request_id not in places:
-                        self.llm_engine.hold(output)  # of a request that somebody else added
+        with tqdm(total=len(places), desc="Processed prompts", disable=not use_tqdm, dynamic_ncols=True) as bar:
+            running = True
+            while replies and running:
+                outputs, running = engine.step(), engine.get_num_unfinished_requests() > 0
+                for output in outputs:
+                    if output.request_id not in replies:
+                        engine.hold(output)  # of a request that somebody else added
                         continue
+                    del replies[output.request_id]
                     tokens_in += len(output.prompt_token_ids)
                     tokens_out += sum(len(choice.token_ids) for choice in output.outputs)
                     seconds = time.perf_counter() - began
                     speed = f"input: {tokens_in / seconds:.1f} toks/s, output: {tokens_out / seconds:.1f} toks/s"
                     bar.set_postfix_str(f"est. speed {speed}", refresh=False)
                     bar.update()
-                    yield replace(output, index=places.pop(output.request_id))
+                    yield replace(output, index=places[output.request_id])
+        yield from (replace(reply.output(), index=places[id_]) for id_, reply in replies.items() if reply is not None)
 
     def enqueue(self, prompts: PromptType | Sequence[PromptType], sampling_params: Params = None) -> list[str]:
         """Queue prompts for `wait_for_completion`; their ids. Raises as generate does, and nothing is queued then."""
@@ -139,10 +149,12 @@ class LLM:
         return ids
 
     def wait_for_completion(self, *, use_tqdm: bool = True) -> list[RequestOutput]:
-        """The outputs of all that was enqueued since the last call, in that order."""
-        ids, self.enqueued = self.enqueued, []
-        done = {output.request_id: output for output in self._run(ids, use_tqdm)}
-        return [done[request_id] for request_id in ids]
+        """The outputs of all that was enqueued since the last call and not aborted before this one, in that order."""
+        places, self.enqueued = {request_id: i for i, request_id in enumerate(self.enqueued)}, []
+        try:
+            return sorted(self._run(places, use_tqdm), key=attrgetter("index"))
+        finally:
+            self.llm_engine.abort_request(places)
 
     def chat(
         self, messages: Conversation | Sequence[Conversation], sampling_params: Params = None, *, use_tqdm: bool = True,
