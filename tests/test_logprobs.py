@@ -1,6 +1,7 @@
 """Log probabilities, and what changes logits before a token is chosen, against Hugging Face's logits. Demo model."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -191,15 +192,32 @@ def test_processors_see_every_token(llm: LLM, hf: Qwen2ForCausalLM) -> None:
     assert ids == greedy(hf, out.prompt_token_ids, 12, change) and len(set(ids)) == 12
 
 
-def test_a_processor_that_raises_fails_its_step_alone(llm: LLM) -> None:
-    """The cause is on the output; the engine serves the next request."""
+def raising(output: list[int], logits: Tensor) -> Tensor:
+    raise KeyError("no such thing")
 
-    def broken(output: list[int], logits: Tensor) -> Tensor:
-        raise KeyError("no such thing")
 
-    (out,) = llm.generate(PROMPT, SamplingParams(logits_processors=[broken]), use_tqdm=False)
-    assert out.outputs[0].finish_reason == "error" and "no such thing" in out.error
-    assert llm.generate(PROMPT, SamplingParams(max_tokens=2), use_tqdm=False)[0].finished
+@pytest.mark.parametrize(
+    ("processor", "message", "count"),
+    [(raising, "KeyError('no such thing')", 0), (lambda output, logits: None, "), got NoneType", 0),
+     (lambda output, logits: logits.max(), "), got ()", 0), (lambda logits: logits, "TypeError", 0),
+     (lambda output, logits: raising(output, logits) if len(output) == 3 else logits, "KeyError", 3)],
+    ids=["raises", "returns nothing", "returns a number", "takes too little", "raises later"],
+)  # fmt: skip
+def test_a_processor_that_fails_fails_its_request_alone(llm: LLM, processor, message: str, count: int) -> None:
+    """The cause is on that output, with the tokens before it; the requests beside it do not notice (`run`)."""
+    out = run(llm, logits_processors=[processor])
+    assert out.outputs[0].finish_reason == "error" and message in out.error and "logits processor" in out.error
+    assert len(out["token_ids"]) == count
+
+
+def test_a_processor_may_carry_values_of_its_own(llm: LLM) -> None:
+    """As defaults or bound by partial, the ways to make one in a loop; neither is taken for the prompt's place."""
+
+    def only(output: list[int], logits: Tensor, token: int = 7) -> Tensor:
+        return torch.full_like(logits, -torch.inf).index_fill_(0, torch.tensor([token], device=logits.device), 1.0)
+
+    assert run(llm, logits_processors=[only])["token_ids"] == [7] * 12
+    assert run(llm, logits_processors=[partial(only, token=9)])["token_ids"] == [9] * 12
 
 
 @pytest.mark.parametrize(

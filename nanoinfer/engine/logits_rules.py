@@ -5,6 +5,7 @@ processors: one call for each.
 """
 
 import inspect
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 from nanoinfer.sampling_params import SamplingParams
+
+logger = logging.getLogger("nanoinfer")
 
 NEVER = float("-inf")
 FOR_EVER = 2**31 - 1
@@ -51,17 +54,25 @@ class LogitsRules:
         return [*words, *self.stop_ids] if length < self.min_length else words
 
     def process(self, logits: Tensor, tokens: list[int]) -> None:
-        """Let the processors change one row of logits in place."""
+        """Let the processors change one row of logits [V] in place. Raises what they raise, ValueError for a result
+        that is no such row."""
         prompt, output = tokens[: self.num_prompt_tokens], tokens[self.num_prompt_tokens :]
         for process in self.processors:
-            logits.copy_(process(prompt, output, logits) if _takes_prompt(process) else process(output, logits))
+            changed = process(prompt, output, logits) if _takes_prompt(process) else process(output, logits)
+            if not isinstance(changed, Tensor) or changed.shape != logits.shape:
+                shown = tuple(changed.shape) if isinstance(changed, Tensor) else type(changed).__name__
+                raise ValueError(f"it must return logits of shape {tuple(logits.shape)}, got {shown}")
+            logits.copy_(changed)
 
 
 Asked = tuple[int, LogitsRules, list[int], int]  # row of the logits, what to do to it, tokens as known, their number
 
 
-def apply_rules(logits: Tensor, asked: Sequence[Asked], vocab_size: int, upload: Upload) -> None:
-    """Change rows of logits in place by their rules: allowed ids first, then biases, bans and processors."""
+def apply_rules(logits: Tensor, asked: Sequence[Asked], vocab_size: int, upload: Upload) -> dict[int, str]:
+    """Change rows of logits in place by their rules: allowed ids first, then biases, bans and processors.
+
+    Returns the rows whose processors failed, and why; no token can be chosen from these.
+    """
     if allowed := [(row, rules.allowed) for row, rules, *_ in asked if rules.allowed is not None]:
         rows, ids = _pairs(allowed, upload)
         kept = logits[rows, ids]
@@ -74,9 +85,17 @@ def apply_rules(logits: Tensor, asked: Sequence[Asked], vocab_size: int, upload:
     if banned := [(row, id_) for row, ids in bans for id_ in ids]:
         rows, ids = upload(np.array(banned)).unbind(1)
         logits[rows, ids] = NEVER
+    failed = dict[int, str]()
     for row, rules, tokens, _ in asked:
-        if rules.processors:
+        if not rules.processors:
+            continue
+        try:
             rules.process(logits[row, :vocab_size], tokens)
+        except Exception as error:  # a user's code must not end the other requests of the step
+            logger.error("a request's logits processor failed: %r", error, exc_info=error)
+            failed[row] = f"a logits processor failed: {error!r}"
+            logits[row] = float("nan")
+    return failed
 
 
 def _pairs(rows_of_ids: Sequence[tuple[int, Tensor]], upload: Upload) -> tuple[Tensor, Tensor]:
@@ -87,8 +106,9 @@ def _pairs(rows_of_ids: Sequence[tuple[int, Tensor]], upload: Upload) -> tuple[T
 
 
 def _takes_prompt(process: Callable[..., Tensor]) -> bool:
-    """vLLM's two forms: (output ids, logits) and (prompt ids, output ids, logits)."""
-    return len(inspect.signature(process).parameters) == 3
+    """vLLM's two forms: (output ids, logits) and (prompt ids, output ids, logits). One with a default is neither's."""
+    places = inspect.signature(process).parameters.values()
+    return sum(place.default is place.empty for place in places) == 3
 
 
 def make_rules(

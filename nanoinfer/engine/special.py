@@ -124,8 +124,10 @@ class Special:
             for place, seq, length in zip(places.tolist(), seqs, self.lengths[begin:end], strict=True)
             if seq.rules is not None
         ]
-        if asked:
-            apply_rules(logits, asked, self.vocab_size, self.upload)
+        failed = apply_rules(logits, asked, self.vocab_size, self.upload) if asked else {}
+        for place, seq in zip(places.tolist(), seqs, strict=True):
+            if place - first in failed:
+                seq.error = failed[place - first]
 
     def _watch(
         self, logits: Tensor, first: int, places: Ints, seqs: list[Sequence], count: int, members: list[int]
