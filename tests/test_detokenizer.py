@@ -59,8 +59,8 @@ class Wrapped:
         self.reference = reference or backend
         self.size = self.reference.get_vocab_size(with_added_tokens=True)
 
-    def encode(self, text: str) -> list[int]:
-        return self.reference.encode(text).ids
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return self.reference.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: list[int], skip_special_tokens: bool, spaces_between_special_tokens: bool = True) -> str:
         return self.reference.decode(ids, skip_special_tokens=skip_special_tokens)

@@ -192,6 +192,13 @@ def test_processors_see_every_token(llm: LLM, hf: Qwen2ForCausalLM) -> None:
     assert ids == greedy(hf, out.prompt_token_ids, 12, change) and len(set(ids)) == 12
 
 
+def test_a_line_break_may_be_a_bad_word(llm: LLM) -> None:
+    """It is no blank before a word that is empty."""
+    plain, out = run(llm), run(llm, bad_words=["\n"])
+    assert encode(llm, "\n")[0] in plain["token_ids"] and encode(llm, "\n")[0] not in out["token_ids"]
+    assert encode(llm, " ")[0] in run(llm, bad_words=["\n"], allowed_token_ids=encode(llm, " "))["token_ids"]
+
+
 def raising(output: list[int], logits: Tensor) -> Tensor:
     raise KeyError("no such thing")
 

@@ -7,8 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
+from nanoinfer import LLM, SamplingParams
 from nanoinfer.errors import ModelLoadError
 from nanoinfer.utils.detokenizer import WholeDetokenizer
 from nanoinfer.utils.tokenizer import SlowTokenizer, load_tokenizer
@@ -54,6 +56,22 @@ def test_vocabulary_and_merges_are_read_without_tokenizer_json(tmp_path: Path) -
     ids = new.encode(TEXT)
     assert old.encode(TEXT) == ids and old.decode(ids, False) == new.decode(ids, False) == TEXT
     assert old.size == new.size
+
+
+def test_bad_words_are_words_within_a_text(tmp_path: Path) -> None:
+    """Where the tokenizer puts a special token before every text, none stands before a word that is looked for."""
+    shutil.copytree(DEMO, tmp_path, dirs_exist_ok=True)
+    saved = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    saved.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 4078)])
+    saved.save(str(tmp_path / "tokenizer.json"))
+    with LLM(tmp_path, device="cpu") as llm:
+        tokenizer = llm.llm_engine.tokenizer
+        assert tokenizer.encode("def") == [4078, *tokenizer.encode("def", False)]
+        params = SamplingParams(temperature=0, max_tokens=8)
+        text = llm.generate("def f(x):", params, use_tqdm=False)[0]["text"]
+        word = text.split()[1]
+        params = SamplingParams(temperature=0, max_tokens=8, bad_words=[word])
+        assert word in text and word not in llm.generate("def f(x):", params, use_tqdm=False)[0]["text"]
 
 
 def test_what_is_said_of_spaces_reaches_transformers() -> None:

@@ -62,9 +62,11 @@ def make_request(prompt: PromptType, params: SamplingParams, tokenizer: Tokenize
 
 def _encode_words(words: Sequence[str], tokenizer: Tokenizer | None) -> list[list[int]]:
     """Each word's ids at the start of a text and, where they differ, after a space."""
-    if words and tokenizer is None:
+    if not words:
+        return []
+    if tokenizer is None:
         raise InvalidRequest(f"bad_words = {list(words)} needs a tokenizer, but skip_tokenizer_init=True")
-    found = [tokenizer.encode(space + word.lstrip()) for word in words for space in ("", " ")] if tokenizer else []
+    found = [tokenizer.encode(space + word.lstrip(" "), False) for word in words for space in ("", " ")]
     return [list(ids) for ids in dict.fromkeys(map(tuple, found)) if ids]
 
 

@@ -26,8 +26,8 @@ class Sequence:
     """A request with two lengths: what has been launched (in flight) and what has been committed.
 
     `tokens` are the known ones; `pending` counts sampled tokens that the device has and the host does not yet. What
-    changes with every step stands in `rows` for as long as it has a row. Written by Scheduler and BlockManager, and what
-    is told beside tokens by Special, only.
+    changes with every step stands in `rows` for as long as it has a row. Written by Scheduler and BlockManager only,
+    but for what Special tells beside tokens.
     """
 
     request_id: str

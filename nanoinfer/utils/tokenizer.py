@@ -22,7 +22,7 @@ class Tokenizer(Protocol):
     @property
     def backend(self) -> JsonTokenizer | None: ...  # decodes the very same; None where there is no such object
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
     def decode(
         self, ids: Sequence[int], skip_special_tokens: bool, spaces_between_special_tokens: bool = True
     ) -> str: ...
@@ -50,8 +50,8 @@ class FastTokenizer:
         self.backend.no_padding()
         self.size, self.longest_token = measure(self.backend.get_vocab(with_added_tokens=True), path)
 
-    def encode(self, text: str) -> list[int]:
-        return list(self.backend.encode(text).ids)
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool, spaces_between_special_tokens: bool = True) -> str:
         """Spaces are where the tokenizer's decoder puts them, whatever is asked for, as with transformers."""
@@ -66,8 +66,8 @@ class SlowTokenizer:
         self.size, self.longest_token = measure(self.tokenizer.get_vocab(), folder)
         self.backend = plain_backend(self.tokenizer)
 
-    def encode(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text))
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool, spaces_between_special_tokens: bool = True) -> str:
         options = {"spaces_between_special_tokens": spaces_between_special_tokens}  # not every tokenizer heeds it
