@@ -47,7 +47,7 @@ class SamplingParams:
     min_p: float = 0.0  # [0, 1]: ids at least this probable relative to the likeliest
     seed: int | None = None  # None: from the engine's seed and the request's number
     stop: str | Sequence[str] | None = None  # texts of which the first to appear ends the request
-    include_stop_str_in_output: bool = False  # else the text ends before it
+    include_stop_str_in_output: bool = False  # else the text ends before the stop string, or the token of a stop id
     stop_token_ids: Sequence[int] | None = None  # these end the request, as end-of-sequence ids do
     ignore_eos: bool = False  # go on past the model's end-of-sequence ids
     max_tokens: int | None = 16  # None: to the end of the model's or the cache's length

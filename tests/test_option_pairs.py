@@ -170,7 +170,7 @@ def check_end(tokenizer: Tokenizer, choice: CompletionOutput, params: SamplingPa
         assert (reason is not None) == (count == len(ids)), f"ended after {len(ids)} tokens, not {count}"
     assert choice.finish_reason == reason
     assert choice.stop_reason == (stop or (ids[-1] if by_id and ids[-1] not in eos else None))
-    if by_id and not stop:
+    if by_id and not stop and not params.include_stop_str_in_output:
         text = tokenizer.decode(ids[:-1], params.skip_special_tokens)
     assert choice.text == (text if params.detokenize else "")
 

@@ -53,6 +53,17 @@ def test_a_stop_string_ends_the_text_wherever_tokens_are_cut(llm: LLM, include: 
             assert stop not in tokenizer.decode(out.token_ids[:-1], True), "it went on after the stop string"
 
 
+@pytest.mark.parametrize("stop", [None, "\0 never"], ids=["whole", "followed"])
+@pytest.mark.parametrize("include", [False, True])
+def test_a_stop_ids_own_text_shows_where_asked_for(llm: LLM, stop: str | None, include: bool) -> None:
+    """As a stop string's does, whether the text is made at the end or followed; the id is a token either way."""
+    ids = text_of(llm, PROMPTS[0])["token_ids"]
+    out = text_of(llm, PROMPTS[0], stop_token_ids=[ids[5]], stop=stop, include_stop_str_in_output=include).outputs[0]
+    end = ids.index(ids[5]) + 1
+    assert (out.token_ids, out.stop_reason) == (ids[:end], ids[5])
+    assert out.text == llm.llm_engine.tokenizer.decode(ids[: end - (not include)], True)
+
+
 def test_a_stop_string_that_never_comes_changes_nothing(llm: LLM) -> None:
     """Not even at the end, where what could have become one is still held back."""
     whole = text_of(llm, PROMPTS[0])

@@ -24,9 +24,7 @@ class TextStream:
     def advance(self, seq: Sequence) -> str | None:
         """Take in what the sequence has generated since; the stop string that this completes."""
         self.closed = seq.status is Status.FINISHED
-        # An id that ended the sequence is one of its tokens, and no part of its text.
-        end = len(seq.tokens) - (self.closed and seq.finish_reason == "stop")
-        ids = seq.tokens[seq.num_prompt_tokens + self.num_tokens : end]
+        ids = seq.tokens[seq.num_prompt_tokens + self.num_tokens : _text_end(seq)]
         self.num_tokens += len(ids)
         if self.detokenizer is not None:
             self._show(self.detokenizer.push(ids), seq.params.min_tokens)
@@ -131,9 +129,13 @@ class Reply:
         )
 
 
+def _text_end(seq: Sequence) -> int:
+    """Tokens up to here make the text: an id that ended the sequence is part of it only where that is asked for."""
+    return len(seq.tokens) - (seq.finish_reason == "stop" and not seq.params.include_stop_str_in_output)
+
+
 def _text(seq: Sequence, tokenizer: Tokenizer | None) -> str:
     if tokenizer is None or not seq.params.detokenize:
         return ""
-    ids = seq.output_tokens
-    shown = ids[:-1] if seq.finish_reason == "stop" else ids  # what ended the text is no part of it
+    shown = seq.tokens[seq.num_prompt_tokens : _text_end(seq)]
     return tokenizer.decode(shown, seq.params.skip_special_tokens, seq.params.spaces_between_special_tokens)
