@@ -10,10 +10,12 @@ if TYPE_CHECKING:
     from nanoinfer.engine.async_engine import AsyncLLMEngine as AsyncLLMEngine
     from nanoinfer.engine.llm import LLM as LLM
     from nanoinfer.engine.llm_engine import LLMEngine as LLMEngine
+    from nanoinfer.engine_config import AsyncEngineArgs as AsyncEngineArgs
     from nanoinfer.engine_config import EngineArgs as EngineArgs
     from nanoinfer.errors import EngineDead as EngineDead
     from nanoinfer.errors import InvalidRequest as InvalidRequest
     from nanoinfer.errors import ModelLoadError as ModelLoadError
+    from nanoinfer.inputs import PromptType as PromptType
     from nanoinfer.inputs import TextPrompt as TextPrompt
     from nanoinfer.inputs import TokensPrompt as TokensPrompt
     from nanoinfer.outputs import CompletionOutput as CompletionOutput
@@ -28,10 +30,12 @@ _HOME = {
     "LLMEngine": "engine.llm_engine",
     "AsyncLLMEngine": "engine.async_engine",
     "EngineArgs": "engine_config",
+    "AsyncEngineArgs": "engine_config",
     "SamplingParams": "sampling_params",
     "RequestOutput": "outputs",
     "CompletionOutput": "outputs",
     "Logprob": "outputs",
+    "PromptType": "inputs",
     "TextPrompt": "inputs",
     "TokensPrompt": "inputs",
     "InvalidRequest": "errors",

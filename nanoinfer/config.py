@@ -75,6 +75,7 @@ class ModelConfig:
     windows: tuple[int, ...]  # a layer attends to its last so many positions; 0: to all
     eos_token_ids: tuple[int, ...]
     generation: GenerationDefaults
+    max_model_len: int | None = None  # tokens of one request of the engine that runs it
 
     @property
     def max_length(self) -> int:

@@ -50,7 +50,17 @@ NO_OP: NoOp = {
     "quantization_param_path": (None,),
     "disable_cascade_attn": (False, True),
     "language_model_only": (False,),
-}
+    "logprobs_mode": ("raw_logprobs",),
+    "max_loras": (1,),
+    "max_lora_rank": (16,),
+    "override_generation_config": (None, {}),
+    "stream_interval": (1,),
+    **dict.fromkeys(
+        ("chat_template", "mm_processor_kwargs", "pooler_config", "structured_outputs_config", "profiler_config",
+         "attention_config", "attention_backend", "quantization_config", "spec_method", "spec_model", "spec_tokens"),
+        (None,),
+    ),
+}  # fmt: skip
 DTYPES = {**CHECKPOINT_DTYPES, "float": torch.float32, "half": torch.float16}
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 
@@ -157,3 +167,6 @@ class EngineArgs:
     def __init__(self, model: str | Path, **options: object) -> None:
         EngineConfig.from_options(model, **options)
         self.model, self.options = str(model), options
+
+
+AsyncEngineArgs = EngineArgs  # vLLM has two, of the same options

@@ -58,11 +58,14 @@ def test_what_research_scripts_pass_along() -> None:
     """Options and prompts as lm-eval and TRL hand them over, and what lm-eval reads of a prompt's log probabilities."""
     llm = LLM(
         model=DEMO, revision=None, dtype="auto", tokenizer=None, tokenizer_mode="auto", tokenizer_revision=None,
-        trust_remote_code=False, tensor_parallel_size=1, max_model_len=None, max_num_seqs=None, quantization=None,
-        seed=1234, enable_lora=False, gpu_memory_utilization=0.9,
+        trust_remote_code=False, tensor_parallel_size=1, max_model_len=2048, max_num_seqs=None, quantization=None,
+        swap_space=4, seed=1234, enable_lora=False, max_lora_rank=16, gpu_memory_utilization=0.9,
+        max_num_batched_tokens=4096, logprobs_mode="raw_logprobs", enable_sleep_mode=False,
     )  # fmt: skip
+    assert llm.llm_engine.model_config.max_model_len == llm.model_config.max_model_len == 2048
     params = [SamplingParams(temperature=0, prompt_logprobs=1, max_tokens=1, detokenize=False)] * 2
-    outputs = llm.generate([TokensPrompt(prompt_token_ids=[5, 6, 7])] * 2, sampling_params=params, use_tqdm=False)
+    prompts = [TokensPrompt(prompt_token_ids=[5, 6, 7])] * 2
+    outputs = llm.generate(prompts, sampling_params=params, use_tqdm=False, lora_request=None)
     for output in outputs:
         assert len(output.outputs[0].token_ids) == 1
         assert output.prompt_logprobs[0] is None
@@ -70,6 +73,10 @@ def test_what_research_scripts_pass_along() -> None:
             assert told[token].logprob < 0 and 1 <= len(told) <= 2
             assert (max(told, key=lambda id_: told[id_].logprob) == token) == (told[token].rank == 1)
     assert llm.generate([{"prompt_token_ids": [5, 6]}], use_tqdm=False)[0].finished
-    assert llm.llm_engine.reset_prefix_cache()
+    assert llm.reset_prefix_cache()
+    with pytest.raises(InvalidRequest, match="lora_request must be one of None, got 1"):
+        llm.generate(prompts, lora_request=1)
+    with pytest.raises(TypeError, match=r"LLM\.generate has no option 'use_tqmd'; did you mean 'use_tqdm'"):
+        llm.generate(prompts, use_tqmd=False)
     assert llm.get_tokenizer().encode("def") and llm.get_default_sampling_params().temperature is not None
     llm.close()

@@ -20,7 +20,7 @@ FLOORS = ["leaf", "reference", "ops", "layers", "models", "loader", "engine", "t
 LEAVES = {
     "batch", "config", "engine_config", "sampling_params", "inputs", "outputs", "errors", "options", "row_state",
     "tiles", "utils.parallel", "utils.interrupts", "utils.memory", "utils.json_fields", "utils.tokenizer", "utils.hub",
-    "utils.checkpoint", "utils.staging", "utils.detokenizer", "utils.stop_strings",
+    "utils.checkpoint", "utils.staging", "utils.chat", "utils.detokenizer", "utils.stop_strings",
 }  # fmt: skip
 MAX_FUNCTION_LINES = 60
 MAX_FILE_LINES = 400

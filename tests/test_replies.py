@@ -170,7 +170,7 @@ def test_errors_can_be_returned(llm: LLM) -> None:
     assert [out.outputs[0].finish_reason for out in outs] == ["length", "error", "length", "error"]
     assert "prompt is empty" in outs[1].error and "out of vocabulary" in outs[3].error
     assert outs[2]["text"] == text_of(llm, PROMPTS[1])["text"]
-    with pytest.raises(InvalidRequest, match="on_error must be 'raise' or 'return', got 'ignore'"):
+    with pytest.raises(InvalidRequest, match="on_error must be one of 'raise', 'return', got 'ignore'"):
         llm.generate(prompts, GREEDY, on_error="ignore")
 
 
@@ -270,7 +270,7 @@ def test_times_are_in_order(llm: LLM) -> None:
 def test_chat_forms(llm: LLM) -> None:
     """One conversation or several, strings or text parts, another template, and going on with the last message."""
     one = [{"role": "user", "content": "Hi"}]
-    parts = [{"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]}]
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
     (out,) = llm.chat(one, GREEDY, use_tqdm=False)
     both = llm.chat([one, parts], GREEDY, use_tqdm=False)
     assert [each.prompt for each in both] == [out.prompt] * 2 and both[1]["text"] == out["text"]
@@ -280,8 +280,47 @@ def test_chat_forms(llm: LLM) -> None:
         [*one, {"role": "assistant", "content": "Ye"}], GREEDY, use_tqdm=False, continue_final_message=True
     )
     assert more.prompt.endswith("Ye")
-    with pytest.raises(InvalidRequest, match="must be of type 'text', got \\['image_url'\\]"):
-        llm.chat([{"role": "user", "content": [{"type": "image_url"}]}], GREEDY, use_tqdm=False)
+    assert llm.chat([], GREEDY, use_tqdm=False) == []
+
+
+def test_chat_templates_get_strings_or_parts(llm: LLM) -> None:
+    """Parts come in lines, as with vLLM; a template for parts gets parts, also where the content is a string."""
+    parts = [{"role": "user", "content": [{"type": "text", "text": "A"}, "B"]}]
+    assert llm.chat(parts, GREEDY, False, chat_template="{{ messages[0].content }}")[0].prompt == "A\nB"
+    template = "{% for part in messages[0].content %}{{ part.type }} {{ part.text }};{% endfor %}"
+    for messages, text in (parts, "text A;text B;"), ([{"role": "user", "content": "C"}], "text C;"):
+        options = {"chat_template": template, "chat_template_content_format": "openai"}
+        assert llm.chat(messages, GREEDY, False, **options)[0].prompt == text
+    template = "{{ name }} {{ messages[0].content }}"
+    out = llm.chat(parts, GREEDY, False, chat_template=template, chat_template_kwargs={"name": "x"})[0]
+    assert out.prompt == "x A\nB"
+
+
+USER = {"role": "user", "content": "Hi"}
+
+
+@pytest.mark.parametrize(
+    ("messages", "options", "message"),
+    [("Hi", {}, "messages must be a list of dicts, or of such lists, got 'Hi'"), (USER, {}, "messages must be a list"),
+     (["Hi"], {}, "messages[0] must be a dict with a 'role' and a 'content', got 'Hi'"),
+     ([[USER], []], {}, "messages[1] must hold at least 1 message, got []"), ([[USER], 5], {}, "messages[1] must hold"),
+     ([[USER], [USER, {"content": "Hi"}]], {}, "messages[1][1] must be a dict with a 'role'"),
+     ([{"role": "user", "content": 5}], {}, "messages[0]['content'] must be a string or a list of text parts, got 5"),
+     ([{"role": "user", "content": [{"type": "image_url"}]}], {}, "got {'type': 'image_url'}"),
+     ([{"role": "user", "content": [{"type": "text"}]}], {}, "got {'type': 'text'}"),
+     ([USER], {"chat_template": "{{ raise_exception('no users') }}"}, "do not fit the chat template: no users"),
+     ([USER], {"chat_template": "{{ messages"}, "do not fit the chat template"),
+     ([USER], {"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs must not hold ['tokenize']"),
+     ([USER], {"chat_template_content_format": "json"}, "must be one of 'auto', 'string', 'openai', got 'json'"),
+     ([USER], {"lora_request": 1}, "lora_request must be one of None, got 1")],
+    ids=str,
+)  # fmt: skip
+def test_what_no_template_can_say_is_refused(
+    llm: LLM, messages: object, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(InvalidRequest) as error:
+        llm.chat(messages, GREEDY, use_tqdm=False, **options)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,10 @@ from nanoinfer.engine.reply import Reply
 from nanoinfer.engine.requests import Request
 from nanoinfer.errors import InvalidRequest
 from nanoinfer.inputs import PromptType, TokensPrompt
+from nanoinfer.options import NoOp, check_choice, checked_names
 from nanoinfer.outputs import CompletionOutput, RequestOutput
 from nanoinfer.sampling_params import SamplingParams
+from nanoinfer.utils.chat import Conversation, read_conversations, render
 from nanoinfer.utils.interrupts import deferred_interrupt
 from nanoinfer.utils.tokenizer import load_hf_tokenizer
 
@@ -26,8 +28,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Params = SamplingParams | Sequence[SamplingParams] | None
-Message = dict[str, Any]
-Conversation = list[Message]
+# vLLM's arguments that ask for nothing here, with the values that mean so; any other value is refused by name.
+NO_OP: NoOp = {
+    "lora_request": (None,),
+    "priority": (None, 0),
+    "tokenization_kwargs": (None, {}),
+    "mm_processor_kwargs": (None, {}),
+}
 
 
 class LLM:
@@ -35,12 +42,13 @@ class LLM:
 
     def __init__(self, model: str | Path, **options: object) -> None:
         self.llm_engine = LLMEngine(model, **options)
+        self.model_config = self.llm_engine.model_config
         self.enqueued: list[str] = []
         self.hf_tokenizer: PreTrainedTokenizerBase | None = None
 
     def generate(
         self, prompts: PromptType | Sequence[PromptType], sampling_params: Params = None, *, use_tqdm: bool = True,
-        callback: Callable[[RequestOutput], None] | None = None, on_error: str = "raise",
+        callback: Callable[[RequestOutput], None] | None = None, on_error: str = "raise", **no_op: object,
     ) -> list[RequestOutput]:  # fmt: skip
         """Complete the prompts: strings, lists of token ids, or dicts with "prompt" or "prompt_token_ids".
 
@@ -50,8 +58,8 @@ class LLM:
         as has that of a request that fails while it runs, and the others are served. The output of a request that is
         aborted meanwhile has what it generated before.
         """
-        if on_error not in ("raise", "return"):
-            raise InvalidRequest(f"on_error must be 'raise' or 'return', got {on_error!r}")
+        check_choice("on_error", on_error, ("raise", "return"))
+        checked_names("LLM.generate", no_op, {"use_tqdm", "callback", "on_error"}, NO_OP)
         failed: dict[int, RequestOutput] = {}
         requests = self._check(_as_list(prompts), sampling_params, failed if on_error == "return" else None)
         served = (i for i in range(len(requests) + len(failed)) if i not in failed)
@@ -157,32 +165,33 @@ class LLM:
             self.llm_engine.abort_request(places)
 
     def chat(
-        self, messages: Conversation | Sequence[Conversation], sampling_params: Params = None, *, use_tqdm: bool = True,
-        chat_template: str | None = None, add_generation_prompt: bool = True, continue_final_message: bool = False,
-        tools: list[dict[str, Any]] | None = None, chat_template_kwargs: dict[str, Any] | None = None,
+        self, messages: Conversation | Sequence[Conversation], sampling_params: Params = None, use_tqdm: bool = True, *,
+        chat_template: str | None = None, chat_template_content_format: str = "auto",
+        add_generation_prompt: bool = True, continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None, chat_template_kwargs: dict[str, Any] | None = None, **no_op: object,
     ) -> list[RequestOutput]:  # fmt: skip
         """Answer conversations, lists of {"role": ..., "content": ...}, one or several, by the model's chat template.
 
-        content: a string, or a list of {"type": "text", "text": ...} parts. continue_final_message: go on with the
-        last message rather than answer it. chat_template: another one than the model's.
+        content: a string, or a list of strings and {"type": "text", "text": ...} parts; the template gets a string,
+        with chat_template_content_format="openai" parts. continue_final_message: go on with the last message rather
+        than answer it. chat_template: another one than the model's; chat_template_kwargs: what it asks for besides.
+        Raises InvalidRequest before anything runs, for a message by its place.
         """
-        several = cast("Sequence[Conversation]", messages if messages and isinstance(messages[0], list) else [messages])
+        check_choice("chat_template_content_format", chat_template_content_format, ("auto", "string", "openai"))
+        checked_names("LLM.chat", no_op, set(), NO_OP)
+        options = {"tools": tools, "chat_template": chat_template, "continue_final_message": continue_final_message}
+        options |= {"add_generation_prompt": add_generation_prompt and not continue_final_message}
+        options |= chat_template_kwargs or {}
         tokenizer = self.get_tokenizer()
-        texts = [
-            tokenizer.apply_chat_template(
-                [_plain(message) for message in conversation],
-                tools=tools,
-                chat_template=chat_template,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt and not continue_final_message,
-                continue_final_message=continue_final_message,
-                **(chat_template_kwargs or {}),
-            )
-            for conversation in several
-        ]
+        conversations = read_conversations(messages, chat_template_content_format)
+        texts = [render(tokenizer, conversation, **options) for conversation in conversations]
         ids = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
         prompts = [TokensPrompt(prompt_token_ids=i, prompt=text) for i, text in zip(ids, texts, strict=True)]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes; False while a request runs."""
+        return self.llm_engine.reset_prefix_cache()
 
     def get_tokenizer(self) -> "PreTrainedTokenizerBase":
         """The model's tokenizer as transformers has it, chat template included; read when first asked for."""
@@ -213,13 +222,3 @@ def _as_list(prompts: PromptType | Sequence[PromptType]) -> list[PromptType]:
         return [cast(PromptType, prompts)]
     many = list(cast("Sequence[PromptType]", prompts))
     return [cast(PromptType, prompts)] if many and isinstance(many[0], Real) else many
-
-
-def _plain(message: Message) -> Message:
-    """A message whose content is a string, as templates expect."""
-    content = message.get("content")
-    if not isinstance(content, list):
-        return message
-    if any(part.get("type") != "text" for part in content):
-        raise InvalidRequest(f"content parts must be of type 'text', got {[part.get('type') for part in content]}")
-    return message | {"content": "".join(part["text"] for part in content)}

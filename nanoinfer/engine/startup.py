@@ -74,6 +74,7 @@ def start(config: EngineConfig, num_rows: int) -> Parts:
     _log_pool(cache)
     runner = make(cache, blocks_per_row=-(-limits.max_model_len // cache.block_size))
     runner.warm_up()
+    model_config = replace(model_config, max_model_len=limits.max_model_len)
     return Parts(model_config, tokenizer, folder, runner, traits, cache, limits, max_tokens)
 
 
