@@ -244,6 +244,15 @@ def test_nan_logits_fail_that_request_alone(llm: LLM, monkeypatch: pytest.Monkey
     assert "not finite" in second.error
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt also where the tests run in a shell's background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_leaves_the_engine_usable(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """An interrupt in the middle of a step raises when the step is over; nothing of the call stays behind."""
     launch = llm.llm_engine.runner.launch
@@ -263,6 +272,7 @@ def test_ctrl_c_leaves_the_engine_usable(llm: LLM, monkeypatch: pytest.MonkeyPat
         assert not llm.llm_engine.has_unfinished_requests()
 
 
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("method", ["add", "abort"])
 def test_ctrl_c_waits_for_the_books(llm: LLM, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     """Pressed while requests are queued, or again while they are given up: none is half in, none half out."""
