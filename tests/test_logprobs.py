@@ -83,6 +83,18 @@ def test_zero_logprobs_tell_of_the_token_alone(llm: LLM) -> None:
     assert [list(told) for told in choice.logprobs] == [[token] for token in choice.token_ids]
 
 
+@pytest.mark.parametrize("count", [2, 30, 5000, -1])
+def test_an_engine_without_a_limit_tells_of_any_number(count: int) -> None:
+    """max_logprobs=-1; of no more ids than there are tokens."""
+    with LLM(DEMO, device="cpu", max_logprobs=-1) as llm:
+        params = SamplingParams(temperature=0, max_tokens=2, logprobs=count, prompt_logprobs=count)
+        (out,) = llm.generate(PROMPT, params, use_tqdm=False)
+        wanted = llm.llm_engine.tokenizer.size if count < 0 else min(count, llm.llm_engine.tokenizer.size)
+    for told in (*out.outputs[0].logprobs, *out.prompt_logprobs[1:]):
+        assert len(told) in (wanted, wanted + 1)
+        assert {entry.rank for entry in told.values()} >= set(range(1, wanted + 1))
+
+
 @pytest.mark.parametrize("length", [1, 2, 16, 40])
 def test_prompt_logprobs(llm: LLM, hf: Qwen2ForCausalLM, length: int) -> None:
     """Of every prompt token but the first, whole or in chunks, and from no cache, which has no logits."""

@@ -53,7 +53,7 @@ def make_request(prompt: PromptType, params: SamplingParams, tokenizer: Tokenize
             if token >= limits.vocab_size:
                 raise InvalidRequest(f"{field} holds {token}; the vocabulary has {limits.vocab_size} ids")
     for field in ("logprobs", "prompt_logprobs"):
-        if (count := getattr(params, field) or 0) > limits.max_logprobs or (count < 0 <= limits.max_logprobs):
+        if limits.max_logprobs >= 0 and not 0 <= (count := getattr(params, field) or 0) <= limits.max_logprobs:
             raise InvalidRequest(f"{field} must be at most max_logprobs = {limits.max_logprobs}, got {count}")
     bad_words = _encode_words(params.bad_words or (), tokenizer)
     end = limits.max_model_len if params.max_tokens is None else len(token_ids) + params.max_tokens
