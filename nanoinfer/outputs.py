@@ -1,6 +1,6 @@
 """What a request gives back."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, overload
 
@@ -16,8 +16,8 @@ class Logprob(NamedTuple):
     """One id at one place, by the model's logits as they are: before temperature, penalties and filters."""
 
     logprob: float
-    rank: int | None  # 1 is the likeliest
-    decoded_token: str | None
+    rank: int | None = None  # 1 is the likeliest
+    decoded_token: str | None = None
 
 
 class Logprobs(Sequence[dict[int, Logprob] | None]):
@@ -53,6 +53,12 @@ class Logprobs(Sequence[dict[int, Logprob] | None]):
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
+
+    def __add__(self, other: Iterable[dict[int, Logprob] | None]) -> list[dict[int, Logprob] | None]:
+        return [*self, *other]
+
+    def __radd__(self, other: Iterable[dict[int, Logprob] | None]) -> list[dict[int, Logprob] | None]:
+        return [*other, *self]
 
     def __repr__(self) -> str:
         return repr(list(self))

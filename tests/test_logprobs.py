@@ -1,7 +1,11 @@
 """Log probabilities, and what changes logits before a token is chosen, against Hugging Face's logits. Demo model."""
 
+import copy
+import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import partial
+from multiprocessing import Pipe
 from pathlib import Path
 
 import pytest
@@ -108,6 +112,27 @@ def test_prompt_logprobs(llm: LLM, hf: Qwen2ForCausalLM, length: int) -> None:
             assert told[token].logprob == pytest.approx(float(true[token]), abs=1e-3)
 
 
+def test_what_is_told_is_used_like_a_list(llm: LLM) -> None:
+    """As scripts for vLLM use theirs: places, slices, sums, comparison, JSON, copies and what another process gets."""
+    out = run(llm, logprobs=1, prompt_logprobs=0, max_tokens=5)
+    told = out.outputs[0].logprobs
+    plain = list(told)
+    assert len(plain) == len(told) == 5 and told and not told[5:]
+    assert told == plain and plain == told and told != plain[1:] and told[:] == told and told is not None
+    assert told[-1] == plain[-1] == told[4] and told[1:4:2] == plain[1:4:2] and list(reversed(told)) == plain[::-1]
+    assert told + told == told + plain == plain + told == plain * 2
+    assert plain[0] in told and told.index(plain[2]) == 2
+    with pytest.raises(IndexError):
+        told[5]
+    receiver, sender = Pipe(duplex=False)
+    sender.send(out)
+    for again in (copy.deepcopy(out), receiver.recv()):
+        assert again == out and type(again.outputs[0].logprobs) is list
+    assert json.loads(json.dumps(asdict(out)))["outputs"][0]["logprobs"][2] == {
+        str(id_): list(entry) for id_, entry in plain[2].items()
+    }
+
+
 def test_streams_tell_of_new_tokens_alone(llm: LLM) -> None:
     params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True, logprobs=1)
     whole = llm.generate(PROMPT, params, use_tqdm=False)[0].outputs[0]
@@ -142,6 +167,13 @@ def test_logit_bias(llm: LLM, hf: Qwen2ForCausalLM) -> None:
 
     out = run(llm, logit_bias=bias)
     assert out["token_ids"] == greedy(hf, out.prompt_token_ids, 12, change) != plain["token_ids"]
+
+
+def test_options_that_leave_no_id_are_named(llm: LLM) -> None:
+    """Only the model can tell that the one id allowed is no token's, or banned: an error, and no other request's."""
+    for options in {"allowed_token_ids": [4090]}, {"allowed_token_ids": encode(llm, "x"), "bad_words": ["x"]}:
+        out = run(llm, **options)
+        assert out.outputs[0].finish_reason == "error" and out.error.endswith("or its options leave no id")
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])

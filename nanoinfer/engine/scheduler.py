@@ -154,7 +154,8 @@ class Scheduler:
         """Finish seq, whose last sampled token this is."""
         if token < 0:
             self.blocks.forget_prefix(seq)
-            self._finish(seq, "error", error=seq.error or "the model's logits for this request are not finite")
+            why = "the model's logits for this request are not finite"
+            self._finish(seq, "error", error=seq.error or (f"{why}, or its options leave no id" if seq.rules else why))
         elif token in seq.stop_ids:
             seq.stop_reason = token if token in (seq.params.stop_token_ids or ()) else None
             self._finish(seq, "stop")
