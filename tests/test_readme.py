@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from nanoinfer import SamplingParams
+from nanoinfer.engine_config import EngineConfig
 
 ROOT = Path(__file__).parent.parent
 SECTION = (ROOT / "README.md").read_text().split("### What a request may ask for")[1].split("\n### ")[0]
@@ -25,6 +26,12 @@ def test_examples_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
             assert (capsys.readouterr().out != "") == (i > 0)
     finally:
         names["llm"].close()
+
+
+def test_every_engine_option_is_listed() -> None:
+    """By its name, where the section says what LLM takes."""
+    listed = (ROOT / "README.md").read_text().split("The options of `LLM(model, ...)`")[1].split(";")[0]
+    assert set(re.findall(r"`(\w+)`", listed)) == {field.name for field in fields(EngineConfig)} - {"model"}
 
 
 def rows() -> Iterator[tuple[str, str]]:
