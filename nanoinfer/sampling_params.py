@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanoinfer.errors import InvalidRequest
-from nanoinfer.options import NoOp, check_flag, check_integer, check_number, named_options
+from nanoinfer.options import NoOp, check_flag, check_integer, check_number, named_options, shown
 
 logger = logging.getLogger("nanoinfer")
 
@@ -94,7 +94,7 @@ class SamplingParams:
         if ids is None:
             return
         if isinstance(ids, (str, bytes)) or not isinstance(ids, Sequence):
-            raise InvalidRequest(f"stop_token_ids must be a list of integers, got {ids!r}")
+            raise InvalidRequest(f"stop_token_ids must be a list of integers, got {shown(ids)}")
         if len(ids) > MAX_STOP_TOKENS:
             raise InvalidRequest(f"stop_token_ids may hold {MAX_STOP_TOKENS} ids, got {len(ids)}")
         for i, token in enumerate(ids):
@@ -104,11 +104,11 @@ class SamplingParams:
     def _check_stop(self) -> None:
         stop = [self.stop] if isinstance(self.stop, str) else () if self.stop is None else self.stop
         if not isinstance(stop, Sequence) or not all(isinstance(text, str) and text for text in stop):
-            raise InvalidRequest(f"stop must be a string or a list of strings, none of them empty, got {self.stop!r}")
+            raise InvalidRequest(f"stop must be a string or a list of strings, none empty, got {shown(self.stop)}")
         if len(stop) > MAX_STOP_STRINGS:
             raise InvalidRequest(f"stop may hold {MAX_STOP_STRINGS} strings, got {len(stop)}")
         if stop and not self.detokenize:
-            raise InvalidRequest(f"stop = {self.stop!r} needs detokenize=True: it is looked for in the text")
+            raise InvalidRequest(f"stop = {shown(self.stop)} needs detokenize=True: it is looked for in the text")
         object.__setattr__(self, "stop", tuple(stop))
 
     def _check_logprobs(self) -> None:
@@ -141,17 +141,17 @@ class SamplingParams:
         processors = () if self.logits_processors is None else self.logits_processors
         self._check_size("bad_words", words, Sequence, MAX_BAD_WORDS, "a list of strings")
         if not all(isinstance(word, str) and word for word in words):
-            raise InvalidRequest(f"bad_words must be a list of strings, none of them empty, got {self.bad_words!r}")
+            raise InvalidRequest(f"bad_words must be a list of strings, none empty, got {shown(self.bad_words)}")
         self._check_size("logits_processors", processors, Sequence, MAX_PROCESSORS, "a list of callables")
         if not all(map(callable, processors)):
-            raise InvalidRequest(f"logits_processors must be callables, got {self.logits_processors!r}")
+            raise InvalidRequest(f"logits_processors must be callables, got {shown(self.logits_processors)}")
         object.__setattr__(self, "bad_words", tuple(words))
         object.__setattr__(self, "logits_processors", tuple(processors))
 
     @staticmethod
     def _check_size(field: str, value: Collection[object], kind: type, most: int, what: str) -> None:
         if isinstance(value, (str, bytes)) or not isinstance(value, kind):
-            raise InvalidRequest(f"{field} must be {what}, got {value!r}")
+            raise InvalidRequest(f"{field} must be {what}, got {shown(value)}")
         if len(value) > most:
             raise InvalidRequest(f"{field} may hold {most} entries, got {len(value)}")
 

@@ -104,6 +104,15 @@ def test_counts(options: dict[str, object], message: str) -> None:
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize("field", sorted({field.name for field in fields(SamplingParams)} - SWITCHES))
+def test_messages_stay_short(field: str) -> None:
+    """What is refused may be as long as a vocabulary; the error names the field and shows where the value begins."""
+    for value in (set(range(100_000)), [""] * 100_000, b"x" * 100_000, dict.fromkeys(range(2**20 + 1), "x")):
+        with pytest.raises(InvalidRequest) as error:
+            SamplingParams(**{field: value})
+        assert field in str(error.value) and len(str(error.value)) < 200
+
+
 def test_counts_that_are_fine(llm: LLM) -> None:
     """As many stop strings and ids as may be, and ones longer than any output."""
     params = SamplingParams(

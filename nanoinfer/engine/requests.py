@@ -8,6 +8,7 @@ import numpy as np
 
 from nanoinfer.errors import InvalidRequest
 from nanoinfer.inputs import PromptType
+from nanoinfer.options import shown
 from nanoinfer.sampling_params import SamplingParams
 from nanoinfer.utils.tokenizer import Tokenizer
 
@@ -39,7 +40,7 @@ class Request:
 def make_request(prompt: PromptType, params: SamplingParams, tokenizer: Tokenizer | None, limits: Limits) -> Request:
     """Check a prompt and its parameters against the limits. Raises InvalidRequest."""
     if not isinstance(params, SamplingParams):
-        raise InvalidRequest(f"sampling_params must be a SamplingParams, got {params!r}")
+        raise InvalidRequest(f"sampling_params must be a SamplingParams, got {shown(params)}")
     text, ids, salt = _unpack(prompt)
     if ids is None and text is not None:
         token_ids = _encode(text, tokenizer, limits)
@@ -47,7 +48,7 @@ def make_request(prompt: PromptType, params: SamplingParams, tokenizer: Tokenize
         token_ids = _checked_ids(ids, limits.vocab_size)
     _check_length(len(token_ids), limits)
     if params.stop and tokenizer is None:
-        raise InvalidRequest(f"stop = {list(params.stop)} needs a tokenizer, but skip_tokenizer_init=True")
+        raise InvalidRequest(f"stop = {shown(list(params.stop))} needs a tokenizer, but skip_tokenizer_init=True")
     for field in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
         for token in getattr(params, field) or ():
             if token >= limits.vocab_size:
@@ -65,7 +66,7 @@ def _encode_words(words: Sequence[str], tokenizer: Tokenizer | None) -> list[lis
     if not words:
         return []
     if tokenizer is None:
-        raise InvalidRequest(f"bad_words = {list(words)} needs a tokenizer, but skip_tokenizer_init=True")
+        raise InvalidRequest(f"bad_words = {shown(list(words))} needs a tokenizer, but skip_tokenizer_init=True")
     found = [tokenizer.encode(space + word.lstrip(" "), False) for word in words for space in ("", " ")]
     return [list(ids) for ids in dict.fromkeys(map(tuple, found)) if ids]
 
@@ -83,7 +84,7 @@ def _unpack(prompt: PromptType) -> tuple[str | None, object | None, str]:
         raise InvalidRequest("prompt must hold 'prompt' or 'prompt_token_ids'")
     for key, value in (("prompt", text), ("cache_salt", salt)):
         if value is not None and not isinstance(value, str):
-            raise InvalidRequest(f"{key} must be a string, got {value!r}")
+            raise InvalidRequest(f"{key} must be a string, got {shown(value)}")
     return cast("str | None", text), ids, cast("str | None", salt) or ""
 
 
@@ -96,7 +97,8 @@ def _checked_ids(ids: object, vocab_size: int) -> list[int]:
     elif isinstance(ids, (list, tuple)) and all(type(i) is int or isinstance(i, np.integer) for i in ids):
         values = [int(i) for i in ids]
     else:
-        raise InvalidRequest(f"prompt must be a string or a list of token ids (integers), got {_shown(ids)}")
+        got = f"{type(ids).__name__} {shown(ids)}"
+        raise InvalidRequest(f"prompt must be a string or a list of token ids (integers), got {got}")
     for place in (min, max) if values else ():
         if not 0 <= place(values) < vocab_size:
             raise InvalidRequest(f"prompt token id {place(values)} is out of vocabulary: ids are 0 to {vocab_size - 1}")
@@ -129,8 +131,3 @@ def _check_length(length: int, limits: Limits) -> None:
             f"prompt of {length} tokens: with at least 1 output token it must fit the KV pool of {limits.pool_tokens} "
             "tokens; raise kv_cache_memory_bytes or num_gpu_blocks_override"
         )
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from nanoinfer.errors import InvalidRequest
+from nanoinfer.options import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,7 +19,7 @@ def read_conversations(messages: object, content_format: str) -> list[list[dict[
     content_format "openai": contents become lists of {"type": "text", "text": ...}; else strings, parts in lines.
     """
     if not _is_list(messages):
-        raise InvalidRequest(f"messages must be a list of dicts, or of such lists, got {messages!r:.60}")
+        raise InvalidRequest(f"messages must be a list of dicts, or of such lists, got {shown(messages)}")
     if not messages or _is_list(messages[0]):
         return [_read(each, f"messages[{i}]", content_format) for i, each in enumerate(messages)]
     return [_read(messages, "messages", content_format)]
@@ -42,13 +43,13 @@ def _is_list(value: object) -> TypeGuard[Sequence[object]]:
 
 def _read(conversation: object, name: str, content_format: str) -> list[dict[str, Any]]:
     if not _is_list(conversation) or not conversation:
-        raise InvalidRequest(f"{name} must hold at least 1 message, got {conversation!r:.60}")
+        raise InvalidRequest(f"{name} must hold at least 1 message, got {shown(conversation)}")
     return [_read_message(message, f"{name}[{i}]", content_format) for i, message in enumerate(conversation)]
 
 
 def _read_message(message: object, name: str, content_format: str) -> dict[str, Any]:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise InvalidRequest(f"{name} must be a dict with a 'role' and a 'content', got {message!r:.60}")
+        raise InvalidRequest(f"{name} must be a dict with a 'role' and a 'content', got {shown(message)}")
     content = message.get("content")
     if content is None:  # of a call of tools
         return dict(message)
@@ -59,11 +60,11 @@ def _read_message(message: object, name: str, content_format: str) -> dict[str, 
 
 def _texts(parts: object, name: str) -> list[str]:
     if not _is_list(parts):
-        raise InvalidRequest(f"{name} must be a string or a list of text parts, got {parts!r:.60}")
+        raise InvalidRequest(f"{name} must be a string or a list of text parts, got {shown(parts)}")
     texts = list[str]()
     for part in parts:
         text = part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else part
         if not isinstance(text, str):
-            raise InvalidRequest(f"{name} may hold strings and parts of type 'text' with a 'text', got {part!r:.60}")
+            raise InvalidRequest(f"{name} may hold strings and parts of type 'text' with a 'text', got {shown(part)}")
         texts.append(text)
     return texts
