@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nanoinfer.errors import InvalidRequest
@@ -28,13 +28,15 @@ NO_OP: NoOp = dict.fromkeys(
 
 
 @named_options(NO_OP)
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class SamplingParams:
     """How one request's tokens are chosen and when it ends. Wrong values raise InvalidRequest (a ValueError).
 
     Logits lose what the penalties say: repetition_penalty first, then frequency_penalty * (times that the output holds
     the id) + presence_penalty * (1 if it does). Probabilities are those of logits / temperature, cut by min_p, then
     top_k, then top_p.
+
+    A field that is set later is checked as when made; a request keeps what it was given.
     """
 
     n: int = 1  # completions of the prompt; a seed serves the first, seed + 1 the second, and so on
@@ -88,6 +90,11 @@ class SamplingParams:
             raise InvalidRequest(f"n must be 1 with temperature = 0, whose completions are all the same; got {self.n}")
         if 0 < self.temperature < MIN_TEMPERATURE:
             logger.warning("temperature %g is raised to %g", self.temperature, MIN_TEMPERATURE)
+        object.__setattr__(self, "_made", True)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        made = self.__dict__.get("_made", False)
+        object.__setattr__(self, name, getattr(replace(self, **{name: value}), name) if made else value)
 
     def _check_stop_token_ids(self) -> None:
         ids = self.stop_token_ids

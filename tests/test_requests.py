@@ -144,6 +144,22 @@ def test_unknown_options_name_the_nearest(llm: LLM) -> None:
         LLMEngine("anything", max_num_seq=8)
 
 
+def test_parameters_may_be_set_until_they_are_handed_over(llm: LLM) -> None:
+    """As scripts do with the model's defaults. What is set is checked; a request keeps what it was given."""
+    params = llm.get_default_sampling_params()
+    params.max_tokens, params.ignore_eos, params.stop_token_ids = 3, True, [7]
+    assert params == SamplingParams(temperature=params.temperature, max_tokens=3, ignore_eos=True, stop_token_ids=(7,))
+    with pytest.raises(InvalidRequest, match="top_p"):
+        params.top_p = 2
+    with pytest.raises(TypeError, match="did you mean 'max_tokens'"):
+        params.max_token = 2
+    params.stop_token_ids = None
+    llm.enqueue(GOLDEN, params)
+    params.max_tokens = 5
+    (out,) = llm.wait_for_completion(use_tqdm=False)
+    assert len(out["token_ids"]) == 3
+
+
 def test_parameters_keep_their_own_stop_tokens() -> None:
     """The caller's list may change after it was checked."""
     ids = [1, 2]
