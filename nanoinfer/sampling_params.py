@@ -92,9 +92,10 @@ class SamplingParams:
             logger.warning("temperature %g is raised to %g", self.temperature, MIN_TEMPERATURE)
         object.__setattr__(self, "_made", True)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        made = self.__dict__.get("_made", False)
-        object.__setattr__(self, name, getattr(replace(self, **{name: value}), name) if made else value)
+    def __setattr__(self, name: str, value: object) -> None:
+        if self.__dict__.get("_made", False):
+            value = getattr(replace(self, **{name: value}), name)  # type: ignore[arg-type]
+        object.__setattr__(self, name, value)
 
     def _check_stop_token_ids(self) -> None:
         ids = self.stop_token_ids
