@@ -54,6 +54,28 @@ def test_callers_at_once_get_what_each_would_get_alone(engine: AsyncLLMEngine) -
             assert all(later.startswith(text) for text, later in pairwise(texts))
 
 
+def test_an_aborted_request_ends_for_whoever_reads_it(engine: AsyncLLMEngine) -> None:
+    """With what there is of it, also where nothing else makes the engine go on; its neighbour is unharmed."""
+
+    async def abort(name: str, neighbours: int) -> list[RequestOutput]:
+        others = [asyncio.create_task(collect(engine, PROMPTS[1], GREEDY)) for _ in range(neighbours)]
+        outputs = []
+        async for output in engine.generate(PROMPTS[0], LONG, name):
+            outputs.append(output)
+            if len(outputs) == 3:
+                await engine.abort(["unknown", name])
+        for other in await asyncio.gather(*others):
+            assert other[-1].outputs[0].finish_reason == "length"
+        return outputs
+
+    for neighbours in (0, 2):
+        outputs = run(abort(f"beside {neighbours}", neighbours))
+        assert outputs[-1].finished and outputs[-1].outputs[0].finish_reason == "abort"
+        assert 3 <= len(outputs[-1].outputs[0].token_ids) < LONG.max_tokens / 2
+        assert outputs[-1]["text"].startswith(outputs[2]["text"])
+    run(idle(engine))
+
+
 def test_a_cancelled_caller_ends_its_request_alone(engine: AsyncLLMEngine) -> None:
     """Its blocks come back while its neighbour goes on."""
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -75,6 +75,11 @@ class AsyncLLMEngine:
         finally:
             self.inbox.put(partial(self._end, stream))
 
+    async def abort(self, request_id: str | Iterable[str]) -> None:
+        """End requests: their iterators yield what there is, with finish_reason "abort". Unknown ids are ignored."""
+        ids = {request_id} if isinstance(request_id, str) else set(request_id)
+        self.inbox.put(partial(self._abort, ids))
+
     def close(self) -> None:
         """End all requests and give the memory back. Closing twice is fine."""
         if self.thread.is_alive():
@@ -135,6 +140,10 @@ class AsyncLLMEngine:
             self.streams.remove(stream)
         if stream.reply is not None and not stream.reply.finished:
             self.engine.abort_request(stream.reply.request_id)
+
+    def _abort(self, request_ids: set[str]) -> None:
+        self.engine.abort_request(request_ids)
+        self._deliver()  # there may be no other step
 
     def _deliver(self) -> None:
         for stream in list(self.streams):
