@@ -261,6 +261,17 @@ def test_a_processor_that_fails_fails_its_request_alone(llm: LLM, processor, mes
     assert len(out["token_ids"]) == count
 
 
+def test_processors_see_all_of_a_models_ids(device: str) -> None:
+    """Masks are made for config.json's vocabulary; an id that no token has stays out, whatever a mask gives it."""
+    mask = torch.zeros(4096, device=device)
+    mask[4090] = 1000
+    params = SamplingParams(temperature=0, max_tokens=5, logits_processors=[lambda output, logits: logits + mask])
+    with LLM(DEMO, device=device, num_gpu_blocks_override=9, max_model_len=-1) as demo:
+        plain = demo.generate("def f(", SamplingParams(temperature=0, max_tokens=5), use_tqdm=False)
+        masked = demo.generate("def f(", params, use_tqdm=False)
+    assert masked[0]["token_ids"] == plain[0]["token_ids"]
+
+
 def test_a_processor_may_carry_values_of_its_own(llm: LLM) -> None:
     """As defaults or bound by partial, the ways to make one in a loop; neither is taken for the prompt's place."""
 

@@ -89,8 +89,9 @@ def apply_rules(logits: Tensor, asked: Sequence[Asked], vocab_size: int, upload:
     for row, rules, tokens, _ in asked:
         if not rules.processors:
             continue
+        logits[row, vocab_size:] = NEVER  # ids of the model's that are no tokens; masks are made for all of its ids
         try:
-            rules.process(logits[row, :vocab_size], tokens)
+            rules.process(logits[row], tokens)
         except Exception as error:  # a user's code must not end the other requests of the step
             logger.error("a request's logits processor failed: %r", error, exc_info=error)
             failed[row] = f"a logits processor failed: {error!r}"
