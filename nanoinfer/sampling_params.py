@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,7 +48,7 @@ class SamplingParams:
     top_p: float = 1.0  # (0, 1]: the fewest ids whose probabilities reach it
     top_k: int = 0  # the k likeliest ids; 0 or -1: all
     min_p: float = 0.0  # [0, 1]: ids at least this probable relative to the likeliest
-    seed: int | None = None  # None: from the engine's seed and the request's number
+    seed: int | None = None  # None or -1: from the engine's seed and the request's number
     stop: str | Sequence[str] | None = None  # texts of which the first to appear ends the request
     include_stop_str_in_output: bool = False  # else the text ends before the stop string, or the token of a stop id
     stop_token_ids: Sequence[int] | None = None  # these end the request, as end-of-sequence ids do
@@ -76,6 +77,7 @@ class SamplingParams:
         check_number("min_p", self.min_p, 0, 1)
         if self.seed is not None:
             check_integer("seed", self.seed, -(2**63), 2**63 - 1)
+            object.__setattr__(self, "seed", None if self.seed == -1 else self.seed)
         if self.max_tokens is not None:
             check_integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
         for flag in ("ignore_eos", "detokenize", "skip_special_tokens", "spaces_between_special_tokens",
@@ -162,6 +164,15 @@ class SamplingParams:
             raise InvalidRequest(f"{field} must be {what}, got {shown(value)}")
         if len(value) > most:
             raise InvalidRequest(f"{field} may hold {most} entries, got {len(value)}")
+
+    @classmethod
+    def from_optional(cls, **options: object) -> "SamplingParams":
+        """Of these options; one that is None has its default."""
+        return cls(**{name: value for name, value in options.items() if value is not None})  # type: ignore[arg-type]
+
+    def clone(self) -> "SamplingParams":
+        """Its like, to be set apart."""
+        return copy(self)
 
     @property
     def sampled_temperature(self) -> float:

@@ -160,6 +160,15 @@ def test_parameters_may_be_set_until_they_are_handed_over(llm: LLM) -> None:
     assert len(out["token_ids"]) == 3
 
 
+def test_vllms_ways_to_make_parameters() -> None:
+    """None asks for the default, -1 for no seed; what is set on a clone is its own."""
+    params = SamplingParams.from_optional(n=None, top_p=0.5, max_tokens=None, seed=-1)
+    assert params == SamplingParams(top_p=0.5) and params.max_tokens == 16
+    other = params.clone()
+    other.top_p = 0.25
+    assert (params.top_p, other.top_p, other.seed) == (0.5, 0.25, None)
+
+
 def test_parameters_keep_their_own_stop_tokens() -> None:
     """The caller's list may change after it was checked."""
     ids = [1, 2]

@@ -1,7 +1,6 @@
 """From what a user passes to a validated request: refused here, with field, value and limit, or never."""
 
 from collections.abc import Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass
 from typing import cast
 
@@ -59,7 +58,7 @@ def make_request(prompt: PromptType, params: SamplingParams, tokenizer: Tokenize
             raise InvalidRequest(f"{field} must be at most max_logprobs = {limits.max_logprobs}, got {count}")
     bad_words = _encode_words(params.bad_words or (), tokenizer)
     end = limits.max_model_len if params.max_tokens is None else len(token_ids) + params.max_tokens
-    return Request(text, token_ids, copy(params), salt, min(end, limits.max_model_len, limits.pool_tokens), bad_words)
+    return Request(text, token_ids, params.clone(), salt, min(end, limits.max_model_len, limits.pool_tokens), bad_words)
 
 
 def _encode_words(words: Sequence[str], tokenizer: Tokenizer | None) -> list[list[int]]:
