@@ -77,28 +77,26 @@ __device__ inline void sync_first(int threads) { asm volatile("bar.sync 1, %0;" 
 #define NANOINFER_72 NANOINFER_64 ", %64, %65, %66, %67, %68, %69, %70, %71"
 #define NANOINFER_80 NANOINFER_72 ", %72, %73, %74, %75, %76, %77, %78, %79"
 #define NANOINFER_SUM(i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
-#define NANOINFER_SUMS_20 \
-    NANOINFER_SUM(0), NANOINFER_SUM(1), NANOINFER_SUM(2), NANOINFER_SUM(3), NANOINFER_SUM(4)
+#define NANOINFER_SUMS_20 NANOINFER_SUM(0), NANOINFER_SUM(1), NANOINFER_SUM(2), NANOINFER_SUM(3), NANOINFER_SUM(4)
 #define NANOINFER_SUMS_24 NANOINFER_SUMS_20, NANOINFER_SUM(5)
 #define NANOINFER_SUMS_28 NANOINFER_SUMS_24, NANOINFER_SUM(6)
 #define NANOINFER_SUMS_32 NANOINFER_SUMS_28, NANOINFER_SUM(7)
 #define NANOINFER_SUMS_40 NANOINFER_SUMS_32, NANOINFER_SUM(8), NANOINFER_SUM(9)
 #define NANOINFER_SUMS_48 NANOINFER_SUMS_40, NANOINFER_SUM(10), NANOINFER_SUM(11)
-#define NANOINFER_SUMS_64 \
-    NANOINFER_SUMS_48, NANOINFER_SUM(12), NANOINFER_SUM(13), NANOINFER_SUM(14), NANOINFER_SUM(15)
+#define NANOINFER_SUMS_64 NANOINFER_SUMS_48, NANOINFER_SUM(12), NANOINFER_SUM(13), NANOINFER_SUM(14), NANOINFER_SUM(15)
 #define NANOINFER_SUMS_72 NANOINFER_SUMS_64, NANOINFER_SUM(16), NANOINFER_SUM(17)
 #define NANOINFER_SUMS_80 NANOINFER_SUMS_72, NANOINFER_SUM(18), NANOINFER_SUM(19)
 // Last: the numbers of the operands that describe a and b, which come after the sums.
-#define NANOINFER_PRODUCT(type, columns, sums, a_number, b_number)                                               \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type " {" NANOINFER_##sums "}, %" #a_number \
-                 ", %" #b_number ", 1, 1, 1, 0, 0;"                                                                \
-                 : NANOINFER_SUMS_##sums                                                                           \
+#define NANOINFER_PRODUCT(type, columns, sums, a_number, b_number)                                  \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type " {" NANOINFER_##sums \
+                 "}, %" #a_number ", %" #b_number ", 1, 1, 1, 0, 0;"                                \
+                 : NANOINFER_SUMS_##sums                                                            \
                  : "l"(a), "l"(b))
-#define NANOINFER_EITHER(columns, sums, a_number, b_number)                         \
-    if constexpr (std::is_same_v<T, __half>) {                                      \
-        NANOINFER_PRODUCT("f16.f16", columns, sums, a_number, b_number);            \
-    } else {                                                                        \
-        NANOINFER_PRODUCT("bf16.bf16", columns, sums, a_number, b_number);          \
+#define NANOINFER_EITHER(columns, sums, a_number, b_number)                \
+    if constexpr (std::is_same_v<T, __half>) {                             \
+        NANOINFER_PRODUCT("f16.f16", columns, sums, a_number, b_number);   \
+    } else {                                                               \
+        NANOINFER_PRODUCT("bf16.bf16", columns, sums, a_number, b_number); \
     }
 
 // Starts c += a b^T: a [64, 16] and b [8 n, 16] described, c [64, 8 n]. Warp w of the warpgroup has c's rows from 16 w

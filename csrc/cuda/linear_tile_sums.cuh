@@ -27,7 +27,7 @@ constexpr int kMaxTileThreads = kMaxTiles * kGroup + kWarp;
 constexpr int kChunk = 64;               // numbers along k in a stage
 constexpr int kChunkBytes = kChunk * 2;  // of a row: what the swizzle spans
 constexpr int kMaxStages = 16;
-constexpr int kStageAlignment = 1024;                        // of a stage: 8 swizzled rows
+constexpr int kStageAlignment = 1024;                       // of a stage: 8 swizzled rows
 constexpr int kTileShared[] = {0, 210 * 1024, 110 * 1024};  // bytes of a block where an SM has 1, or 2
 
 // What the kernel gets, worked out by the launcher.
