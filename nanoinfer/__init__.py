@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from nanoinfer.outputs import CompletionOutput as CompletionOutput
     from nanoinfer.outputs import Logprob as Logprob
     from nanoinfer.outputs import RequestOutput as RequestOutput
+    from nanoinfer.sampling_params import RequestOutputKind as RequestOutputKind
     from nanoinfer.sampling_params import SamplingParams as SamplingParams
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ _HOME = {
     "EngineArgs": "engine_config",
     "AsyncEngineArgs": "engine_config",
     "SamplingParams": "sampling_params",
+    "RequestOutputKind": "sampling_params",
     "RequestOutput": "outputs",
     "CompletionOutput": "outputs",
     "Logprob": "outputs",

@@ -4,10 +4,11 @@ import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Any
 
 from nanoinfer.errors import InvalidRequest
-from nanoinfer.options import NoOp, check_flag, check_integer, check_number, named_options, shown
+from nanoinfer.options import NoOp, check_choice, check_flag, check_integer, check_number, named_options, shown
 
 logger = logging.getLogger("nanoinfer")
 
@@ -26,6 +27,14 @@ NO_OP: NoOp = dict.fromkeys(
      "prompt_logprob_start", "stream_interval", "thinking_token_budget", "repetition_detection",
      "trace_decode_token_ids"), (None,),
 ) | {"flat_logprobs": (False,), "skip_clone": (False, True), "routed_experts_prompt_start": (0,)}  # fmt: skip
+
+
+class RequestOutputKind(Enum):
+    """What AsyncLLMEngine yields of a request that goes on."""
+
+    CUMULATIVE = 0  # all of it so far
+    DELTA = 1  # what is new
+    FINAL_ONLY = 2  # nothing until it has finished
 
 
 @named_options(NO_OP)
@@ -66,6 +75,7 @@ class SamplingParams:
     detokenize: bool = True  # False: text stays empty
     skip_special_tokens: bool = True  # leave special tokens out of the text
     spaces_between_special_tokens: bool = True  # for tokenizers without a tokenizer.json, some of which put them there
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE  # of AsyncLLMEngine
 
     def __post_init__(self) -> None:
         check_number("presence_penalty", self.presence_penalty, -2, 2)
@@ -83,6 +93,7 @@ class SamplingParams:
         for flag in ("ignore_eos", "detokenize", "skip_special_tokens", "spaces_between_special_tokens",
                      "include_stop_str_in_output"):  # fmt: skip
             check_flag(flag, getattr(self, flag))
+        check_choice("output_kind", self.output_kind, tuple(RequestOutputKind))
         self._check_stop_token_ids()
         self._check_stop()
         self._check_logprobs()

@@ -2,12 +2,13 @@
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from nanoinfer import LLM, AsyncLLMEngine, EngineDead, InvalidRequest, SamplingParams
+from nanoinfer import LLM, AsyncLLMEngine, EngineDead, InvalidRequest, RequestOutputKind, SamplingParams
 from nanoinfer.outputs import RequestOutput
 
 DEMO = Path(__file__).parent.parent / "nanoinfer" / "assets" / "demo"
@@ -38,18 +39,20 @@ async def idle(engine: AsyncLLMEngine) -> None:
 
 
 def test_callers_at_once_get_what_each_would_get_alone(engine: AsyncLLMEngine) -> None:
-    """All of the text so far, growing, or its deltas; the last one is finished."""
+    """All of the text so far, growing, or its deltas, or all of it at the end; the last one is finished."""
+    kinds = [RequestOutputKind.CUMULATIVE, RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY]
 
     async def all_at_once() -> list[list[RequestOutput]]:
-        return await asyncio.gather(*(collect(engine, PROMPTS[i % 4], GREEDY, delta=i >= 4) for i in range(12)))
+        asked = [replace(GREEDY, output_kind=kinds[i // 4]) for i in range(12)]
+        return await asyncio.gather(*(collect(engine, PROMPTS[i % 4], params) for i, params in enumerate(asked)))
 
     with LLM(DEMO, **OPTIONS) as llm:
         alone = [out["text"] for out in llm.generate(PROMPTS, GREEDY, use_tqdm=False)]
     for i, outputs in enumerate(run(all_at_once())):
         texts = [output["text"] for output in outputs]
-        assert ("".join(texts) if i >= 4 else texts[-1]) == alone[i % 4]
+        assert ("".join(texts) if i // 4 == 1 else texts[-1]) == alone[i % 4]
         assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
-        assert len(outputs) > 5
+        assert len(outputs) == 1 if i >= 8 else len(outputs) > 5
         if i < 4:
             assert all(later.startswith(text) for text, later in pairwise(texts))
 

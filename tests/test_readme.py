@@ -43,5 +43,5 @@ def rows() -> Iterator[tuple[str, str]]:
 def test_every_option_is_described() -> None:
     """Once, with the default of a SamplingParams that nobody has told anything."""
     described = list(rows())
-    own = {field.name: repr(field.default) for field in fields(SamplingParams)}
+    own = {field.name: getattr(field.default, "name", repr(field.default)) for field in fields(SamplingParams)}
     assert dict(described) == own and len(described) == len(own)

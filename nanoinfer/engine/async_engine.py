@@ -15,7 +15,7 @@ from nanoinfer.engine_config import EngineArgs
 from nanoinfer.errors import EngineDead
 from nanoinfer.inputs import PromptType
 from nanoinfer.outputs import RequestOutput
-from nanoinfer.sampling_params import SamplingParams
+from nanoinfer.sampling_params import RequestOutputKind, SamplingParams
 
 
 @dataclass(eq=False)
@@ -23,7 +23,7 @@ class Stream:
     """One caller who waits, and what the engine's thread sends it."""
 
     loop: asyncio.AbstractEventLoop
-    delta: bool
+    kind: RequestOutputKind
     outputs: "asyncio.Queue[RequestOutput | Exception]" = field(default_factory=asyncio.Queue)
     reply: Reply | None = None  # once it is queued; None again when it has ended
 
@@ -51,15 +51,14 @@ class AsyncLLMEngine:
         return cls(args.model, **args.options)
 
     async def generate(
-        self, prompt: PromptType, sampling_params: SamplingParams | None = None, request_id: str | None = None, *,
-        delta: bool = False,
-    ) -> AsyncIterator[RequestOutput]:  # fmt: skip
-        """Yield the request's output as it grows: all of it so far, or with `delta` what is new; the last is finished.
+        self, prompt: PromptType, sampling_params: SamplingParams | None = None, request_id: str | None = None
+    ) -> AsyncIterator[RequestOutput]:
+        """Yield the request's output as it grows, as sampling_params.output_kind says; the last one is finished.
 
         Leaving the loop, or cancelling the task, ends the request. Raises InvalidRequest, EngineDead.
         """
         request = await asyncio.to_thread(self.engine.check, prompt, sampling_params)
-        stream = Stream(asyncio.get_running_loop(), delta)
+        stream = Stream(asyncio.get_running_loop(), request.params.output_kind)
         with self.lock:
             if self.ended is not None:
                 raise self.ended
@@ -149,8 +148,8 @@ class AsyncLLMEngine:
         for stream in list(self.streams):
             assert stream.reply is not None
             new = stream.reply.delta()
-            if new is None:
+            if new is None or (stream.kind is RequestOutputKind.FINAL_ONLY and not new.finished):
                 continue
-            stream.send(new if stream.delta else stream.reply.output())
+            stream.send(new if stream.kind is RequestOutputKind.DELTA else stream.reply.output())
             if new.finished:
                 self.streams.remove(stream)
