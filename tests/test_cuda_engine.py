@@ -58,10 +58,11 @@ def test_tokens_do_not_depend_on_graphs_or_launching_ahead() -> None:
         assert tokens[name] == tokens["eager, in lockstep"], name
 
 
-def test_repeats_are_equal(llm: LLM) -> None:
-    """200 times the same mixed workload: a race, or memory that is read before it is written, would show."""
+@pytest.mark.parametrize("repeats", [200, pytest.param(1000, marks=pytest.mark.slow)])
+def test_repeats_are_equal(llm: LLM, repeats: int) -> None:
+    """The same mixed workload again and again: a race, or memory that is read before it is written, would show."""
     first = workload(llm)
-    for _ in range(200):
+    for _ in range(repeats):
         assert workload(llm) == first
 
 
