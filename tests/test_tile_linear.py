@@ -73,6 +73,7 @@ def test_reads_its_arguments_alone(device: str) -> None:
         x, weight, bias = make(rows, out_dim, dim, torch.bfloat16, device)
         tiles = Tiles(40, 1, 2, 1)
         assert_accurate(poisoned(x), poisoned(weight), bias, False, tiles)
+        assert_accurate(x[:1].expand(rows, dim), weight, bias, False, tiles)  # its rows overlap
         frame = torch.full((rows + 2, dim + 24 - dim % 8), torch.nan, dtype=x.dtype, device=device)
         frame[1:-1, 8 : 8 + dim] = x
         assert_accurate(frame[1:-1, 8 : 8 + dim], weight, bias, False, tiles)

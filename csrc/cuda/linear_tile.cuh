@@ -252,12 +252,12 @@ inline bool has_tiles() {
     return cudaFuncGetAttributes(&compiled, kernel) == cudaSuccess && compiled.sharedSizeBytes > 0;
 }
 
-// Rows of all matrices begin at multiples of 16 bytes, as copies want it, and are counted in 32 bits.
+// Rows of all matrices begin at multiples of 16 bytes and do not overlap, as copies want it, and 32 bits count them.
 inline bool tiles_fit(const TileLinear& a) {
     constexpr int64_t kMost = 1 << 30;
     return a.dim > 0 && a.dim < kMost && a.weight_rows < kMost && a.weight_rows % (a.gated ? 16 : 8) == 0 &&
-           fits_vectors<__half>(a.x, a.x_stride) && fits_vectors<__half>(a.weight, a.weight_stride) &&
-           fits_vectors<__half>(a.bias);
+           a.x_stride >= a.dim && fits_vectors<__half>(a.x, a.x_stride) && a.weight_stride >= a.dim &&
+           fits_vectors<__half>(a.weight, a.weight_stride) && fits_vectors<__half>(a.bias);
 }
 
 // Of `cols` the values that the op lets through.
