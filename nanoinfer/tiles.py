@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class Tiles(NamedTuple):
-    """How `tile_linear` cuts its work, see csrc/cuda/linear_tile.cuh. A cut that fits in memory is right for any rows."""
+    """How `tile_linear` cuts its work, see csrc/cuda/linear_tile.cuh. Where memory has room, any cut is right."""
 
     cols: int  # weight rows of a block: 40, 48, 56, 64 or 96, gated 80, 144 or 160
     tiles: int  # times 64 rows of x of a block: 1 to 3
