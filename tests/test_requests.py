@@ -155,9 +155,9 @@ def test_parameters_may_be_set_until_they_are_handed_over(llm: LLM) -> None:
         params.max_token = 2
     params.stop_token_ids = None
     llm.enqueue(GOLDEN, params)
-    params.max_tokens = 5
+    params.max_tokens, params.logprobs = 5, 2
     (out,) = llm.wait_for_completion(use_tqdm=False)
-    assert len(out["token_ids"]) == 3
+    assert len(out["token_ids"]) == 3 and out.outputs[0].logprobs is None
 
 
 def test_vllms_ways_to_make_parameters() -> None:
