@@ -235,7 +235,8 @@ def test_random_weights_serve_both_engines(tmp_path: Path) -> None:
     dummy = Target("random", str(tmp_path), True, "cpu", "float32")
     for name in ("nanoinfer", "hf"):
         engine = ENGINES[name](dummy, {})
-        engines.run(engine, random_workload(3, (3, 9), (4, 9), vocab_size=128, temperature=0.6, seed=0))
+        workload = random_workload(3, (3, 9), (4, 9), vocab_size=128, temperature=0.6, seed=0)
+        assert [len(tokens) for tokens in engine.generate(workload)] == workload.output_lens
         engine.close()
 
 

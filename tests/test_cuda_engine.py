@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanoinfer import LLM, SamplingParams
+from nanoinfer import LLM, LLMEngine, SamplingParams
 from nanoinfer.engine.cuda_graph import CudaRunner, StepGraphs, bucket_ladder
 from nanoinfer.outputs import RequestOutput
 
@@ -31,6 +31,16 @@ def make_llm(**options: object) -> LLM:
 def llm() -> Iterator[LLM]:
     with make_llm() as llm:
         yield llm
+
+
+def run_without_waiting(engine: LLMEngine, steps: int) -> None:
+    """Any call that waits for the device, but for the event that brings tokens, raises."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(steps):
+            engine.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def workload(llm: LLM) -> list[list[int]]:
@@ -144,12 +154,7 @@ def test_telling_and_rules_do_not_wait() -> None:
                 engine.add_request([7 + i, 9, 11], SamplingParams(max_tokens=40, ignore_eos=True, seed=i, **own))
             for _ in range(8):
                 engine.step()
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                for _ in range(20):
-                    engine.step()
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
+            run_without_waiting(engine, steps=20)
             while engine.has_unfinished_requests():
                 assert not [out.error for out in engine.step() if out.error]
 
@@ -163,12 +168,7 @@ def test_decoding_neither_waits_nor_allocates(llm: LLM) -> None:
         for _ in range(8):
             engine.step()
         before = torch.cuda.memory_stats()["allocation.all.allocated"]
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            for _ in range(20):
-                engine.step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        run_without_waiting(engine, steps=20)
         allocated = torch.cuda.memory_stats()["allocation.all.allocated"] - before
         while engine.has_unfinished_requests():
             engine.step()

@@ -316,10 +316,12 @@ def test_only_pickled_weights(folder: Path) -> None:
 
 def test_links_are_followed(folder: Path) -> None:
     """The hub's cache is made of links to files elsewhere."""
+    before = load(folder).state_dict()
     (folder / "elsewhere").mkdir()
     (folder / "model.safetensors").rename(folder / "elsewhere" / "blob")
     (folder / "model.safetensors").symlink_to(folder / "elsewhere" / "blob")
-    load(folder)
+    after = load(folder).state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_dummy(tmp_path: Path) -> None:
