@@ -82,9 +82,8 @@ def count_true(mask: Tensor) -> Tensor:
     """How many are true in each row [P, V] -> [P, 1]. Eight at a time where that divides V: 25 us instead of 158."""
     if mask.shape[1] % TILE:
         return mask.sum(1, keepdim=True)
-    eights: Tensor = (
-        mask.view(torch.int64).unflatten(1, (TILE // 8, -1)).sum(1)
-    )  # each of the eight bytes counts to 16 at most
+    # Each byte of a sum counts to 16 at most.
+    eights: Tensor = mask.view(torch.int64).unflatten(1, (TILE // 8, -1)).sum(1)
     return eights.view(torch.uint8).sum(1, keepdim=True)
 
 
