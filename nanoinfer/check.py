@@ -200,13 +200,21 @@ EXAMPLES: dict[str, Callable[[], Arguments]] = {
     },
     "tile_linear": lambda: {
         "x": torch.randn(20, 64),
-        "weight": torch.randn(48, 64),
+        "weight": torch.randn(48, 64) / 8,  # sums of about 1, as the tolerance expects
         "bias": torch.randn(48),
         "gated": False,
         "cols": 40,
         "tiles": 1,
         "split": 1,
         "blocks": 1,
+    },
+    "tall_gated_linear": lambda: {
+        "x": torch.randn(20, 64),
+        "weight": torch.randn(48, 64) / 8,
+        "cols": 128,
+        "down": 1,
+        "across": 1,
+        "band": 1,
     },
     "penalize": _penalize,
     "sample": lambda: {

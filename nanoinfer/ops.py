@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanoinfer import reference
-from nanoinfer.tiles import Tiles, measured_tiles
+from nanoinfer.tiles import GatedTiles, Tiles, gated_tiles, measured_tiles
 
 logger = logging.getLogger("nanoinfer")
 
@@ -36,6 +36,7 @@ SCHEMAS = {
     "thin_linear": "(Tensor x, Tensor weight, Tensor? bias, bool float_out) -> Tensor",
     "tile_linear": "(Tensor x, Tensor weight, Tensor? bias, bool gated, int cols, int tiles, int split, int blocks) "
     "-> Tensor",
+    "tall_gated_linear": "(Tensor x, Tensor weight, int cols, int down, int across, int band) -> Tensor",
     "penalize": "(Tensor(a!) logits, Tensor sample_rows, Tensor row_state, Tensor block_tables, Tensor slot_tokens, "
     "int block_size) -> ()",
     "sample": "(Tensor logits, Tensor sample_rows, Tensor(a!) row_state, Tensor(b!) tokens, int vocab_size) -> ()",
@@ -51,12 +52,14 @@ FAKES: dict[str, Callable[..., Tensor]] = {
         (x.shape[0], weight.shape[0]), dtype=torch.float32 if float_out else x.dtype
     ),
     "tile_linear": lambda x, weight, bias, gated, *plan: x.new_empty((x.shape[0], weight.shape[0] // (1 + gated))),
+    "tall_gated_linear": lambda x, weight, *cut: x.new_empty((x.shape[0], weight.shape[0] // 2)),
 }
 
 # Most rows that `thin_linear` takes. On two AVX-512 cores a 4864 x 896 bf16 layer takes 234, 357 and 668 us for 1, 8
 # and 16 rows, torch's linear 535, 520 and 543. Sixteen all the same: what it computes for a row does not depend on how
 # many run beside it, which the library does not promise.
 THIN_ROWS = 16
+TALL_ROWS = 256  # `tall_gated_linear` is for more
 FLOAT_PRODUCT_DEVICES = ("cuda",)  # where the library's product of halves can leave its float32 sums unrounded
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -101,8 +104,8 @@ _ops = torch.ops.nanoinfer
 
 
 def missing_kernels(device: str) -> list[str]:
-    """Ops that run on plain torch where `device`, "CPU" or "CUDA", calls them; `tile_linear` is for GPUs."""
-    unused = {"CPU": {"tile_linear"}}.get(device, set())
+    """Ops that run on plain torch where `device`, "CPU" or "CUDA", calls them; two are for GPUs."""
+    unused = {"CPU": {"tile_linear", "tall_gated_linear"}}.get(device, set())
     return sorted(name for name in SCHEMAS if (name, device) not in COMPILED and name not in unused)
 
 
@@ -207,9 +210,17 @@ def tile_linear(
     return _ops.tile_linear(x, weight, bias, gated, cols, tiles, split, blocks)  # type: ignore[no-any-return]
 
 
+def tall_gated_linear(x: Tensor, weight: Tensor, cols: int, down: int, across: int, band: int) -> Tensor:
+    """silu(gate) * up of the rounded x @ weight.T, for many rows. x [M, K], weight [2 N, K], gates first -> [M, N].
+
+    The rest says how a GPU cuts the work, see `GatedTiles`. A row's result depends on that row and weight alone.
+    """
+    return _ops.tall_gated_linear(x, weight, cols, down, across, band)  # type: ignore[no-any-return]
+
+
 @cache
 def _has_tiles(device: torch.device) -> bool:
-    """Whether `tile_linear` has a kernel of its own there, and does not take `thin_linear`'s, 16 rows at a time."""
+    """Whether those two have kernels of their own there, and do not take `thin_linear`'s, 16 rows at a time."""
     return bool(_ops.has_tiles(torch.empty(0, device=device)))
 
 
@@ -219,6 +230,13 @@ def best_tiles(x: Tensor, weight: Tensor, gated: bool = False) -> Tiles | None:
         return None
     outputs, inputs = weight.shape
     return measured_tiles(outputs, inputs, gated, x.shape[0])
+
+
+def tall_tiles(x: Tensor, weight: Tensor) -> GatedTiles | None:
+    """What `tall_gated_linear` does best with for x and weight; None where it is not for them, or has no kernel."""
+    outputs, inputs = weight.shape
+    fits = x.shape[0] > TALL_ROWS and x.dtype in HALVES and outputs % 16 == 0 and inputs % 8 == 0
+    return gated_tiles(outputs // 2, x.shape[0]) if fits and _has_tiles(x.device) else None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, float_out: bool = False) -> Tensor:
@@ -238,6 +256,8 @@ def gated_linear(x: Tensor, weight: Tensor) -> Tensor:
     """silu_and_mul(linear(x, weight)), as one kernel where that is faster. x [M, K], weight [2 N, K] -> [M, N]."""
     if x.shape[0] > THIN_ROWS and (tiles := best_tiles(x, weight, gated=True)):
         return tile_linear(x, weight, None, True, *tiles)
+    if cut := tall_tiles(x, weight):
+        return tall_gated_linear(x, weight, *cut)
     return silu_and_mul(linear(x, weight))
 
 

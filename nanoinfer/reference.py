@@ -156,6 +156,10 @@ def tile_linear(
     return (silu_and_mul(wide) if gated else wide).to(x.dtype)
 
 
+def tall_gated_linear(x: Tensor, weight: Tensor, cols: int, down: int, across: int, band: int) -> Tensor:
+    return silu_and_mul(thin_linear(x, weight, None, False))
+
+
 def penalize(
     logits: Tensor, sample_rows: Tensor, row_state: Tensor, block_tables: Tensor, slot_tokens: Tensor, block_size: int
 ) -> None:

@@ -1,4 +1,4 @@
-"""The cuts of `tile_linear` that were measured to be the fastest, by the shapes of weights."""
+"""The cuts of `tile_linear` that were measured to be the fastest, by the shapes of weights; `tall_gated_linear`'s."""
 
 from typing import NamedTuple
 
@@ -10,6 +10,15 @@ class Tiles(NamedTuple):
     tiles: int  # times 64 rows of x of a block: 1 to 3
     split: int  # blocks that share these, each with a part of the inputs: 1 to 8
     blocks: int  # blocks that share a multiprocessor's memory: 1 or 2
+
+
+class GatedTiles(NamedTuple):
+    """How `tall_gated_linear` cuts its work, see csrc/cuda/linear_gated.cuh. Every cut gives the same bits."""
+
+    cols: int  # weight rows of a block, half of them gates: 128, 160, 192, 224 or 256
+    down: int  # blocks of a cluster that are one below the other and share weights: 1 or 2
+    across: int  # blocks of a cluster that are side by side and share x: 1, or 2 where down is 1
+    band: int  # clusters one below the other, before the next to the right
 
 
 # By weight's shape and whether it is gated: up to how many rows of x which tiles are fastest, or None where the library
@@ -54,3 +63,21 @@ TILES: dict[tuple[int, int, bool], tuple[tuple[int, Tiles | None], ...]] = {
 def measured_tiles(outputs: int, inputs: int, gated: bool, rows: int) -> Tiles | None:
     """For a weight [outputs, inputs] and so many rows of x; None where the library is faster, or nobody measured."""
     return next((tiles for most, tiles in TILES.get((outputs, inputs, gated), ()) if rows <= most), None)
+
+
+PROCESSORS = 132  # of an H200
+
+
+def gated_tiles(outputs: int, rows: int) -> GatedTiles:
+    """For so many results of so many rows: the width with which the last block is through first.
+
+    A block takes its tiles one after the other, each in a time that grows with cols + 85: per stage of 64 inputs it
+    moves 128 (128 + cols) bytes into shared memory and 128 (128 + 2 cols) out of it, 128 a clock.
+    """
+    down, band = 2, 8
+
+    def last(cols: int) -> int:
+        tiles = -(-rows // (128 * down)) * -(-outputs // (cols // 2))
+        return -(-tiles // (PROCESSORS // down)) * (cols + 85)
+
+    return GatedTiles(min((256, 224, 192, 160, 128), key=last), down, 1, band)

@@ -83,6 +83,20 @@ __device__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
     }
 }
 
+// Two floats as two rounded numbers of type T, the first in the low half.
+template <typename T>
+__device__ uint32_t pack(float first, float second);
+template <>
+__device__ inline uint32_t pack<__nv_bfloat16>(float first, float second) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+}
+template <>
+__device__ inline uint32_t pack<__half>(float first, float second) {
+    const __half2 pair = __floats2half2_rn(first, second);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
 // 2^x, relative error below 2^-22: far below what rounding weights to two bytes costs.
 __device__ inline float power_of_two(float x) {
     float y;

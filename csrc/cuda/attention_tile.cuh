@@ -9,20 +9,6 @@
 
 namespace nanoinfer::cuda {
 
-// Two floats as two rounded numbers of type T, the first in the low half.
-template <typename T>
-__device__ uint32_t pack(float first, float second);
-template <>
-__device__ inline uint32_t pack<__nv_bfloat16>(float first, float second) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
-    return *reinterpret_cast<const uint32_t*>(&pair);
-}
-template <>
-__device__ inline uint32_t pack<__half>(float first, float second) {
-    const __half2 pair = __floats2half2_rn(first, second);
-    return *reinterpret_cast<const uint32_t*>(&pair);
-}
-
 // A tile in shared memory is rows of D two-byte numbers, in pieces of 16 bytes. A matrix load reads the same piece of 8
 // consecutive rows; pieces change places within groups of kTurns in their row, by exclusive or with turn(row), so that
 // these 8 lie in 8 different groups of banks. Tiles start at multiples of 128 bytes.

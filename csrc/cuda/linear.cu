@@ -1,5 +1,6 @@
 #include "activation.cuh"
 #include "linear.cuh"
+#include "linear_gated.cuh"
 #include "linear_tile.cuh"
 #include "op.h"
 
@@ -102,11 +103,52 @@ Tensor tile_linear(const Tensor& x, const Tensor& weight, const std::optional<Te
     return out;
 }
 
+void check_gated(const cuda::GatedLinear& p, int64_t weight_rows) {
+    const char* op = "tall_gated_linear";
+    require(weight_rows % 2 == 0, op, ": weight must have an even number of rows, got ", weight_rows);
+    const int c = p.cols;
+    require(c == 128 || c == 160 || c == 192 || c == 224 || c == 256, op,
+            ": cols must be 128, 160, 192, 224 or 256, got ", c);
+    const bool alone = p.down == 1 && p.across == 1, pair = p.down > 0 && p.across > 0 && p.down + p.across == 3;
+    require(alone || pair, op, ": down and across must be 1, 1 or 2, 1 or 1, 2, got ", p.down, ", ", p.across);
+    require(p.band >= 1, op, ": band must be positive, got ", p.band);
+}
+
+Tensor tall_gated_linear(const Tensor& x, const Tensor& weight, int64_t cols, int64_t down, int64_t across,
+                         int64_t band) {
+    const char* op = "tall_gated_linear";
+    check(op, x, weight, std::nullopt);
+    cuda::GatedLinear params = {
+        .x = x.data_ptr(),
+        .weight = weight.data_ptr(),
+        .out = nullptr,
+        .rows = int(x.size(0)),
+        .dim = x.size(1),
+        .out_dim = weight.size(0) / 2,
+        .x_stride = x.stride(0),
+        .weight_stride = weight.stride(0),
+        .cols = int(cols),
+        .down = int(down),
+        .across = int(across),
+        .band = int(band),
+    };
+    check_gated(params, weight.size(0));
+    if (x.scalar_type() == ScalarType::Float || !cuda::gated_fits(params) || !has_tiles(x)) {
+        return silu_and_mul(op, by_thin_rows(op, x, weight, std::nullopt, false));
+    }
+    Tensor out = empty({x.size(0), params.out_dim}, x);
+    params.out = out.data_ptr();
+    const bool half = x.scalar_type() == ScalarType::Half;
+    launch(op, x, half ? cuda::gated_linear<__half> : cuda::gated_linear<__nv_bfloat16>, params);
+    return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(nanoinfer, CUDA, m) {
     m.impl("thin_linear", TORCH_BOX(&thin_linear));
     m.impl("tile_linear", TORCH_BOX(&tile_linear));
+    m.impl("tall_gated_linear", TORCH_BOX(&tall_gated_linear));
     m.impl("has_tiles", TORCH_BOX(&has_tiles));
 }
 

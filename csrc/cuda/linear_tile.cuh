@@ -70,15 +70,6 @@ __device__ inline void copy_x(const TileParams& p, const TileWork& work, TileSha
     copy_box(ring + stage * work.stage_bytes, p.x_map, column, work.row, shared_address(&all.full[stage]));
 }
 
-// A place in the ring, and which time round it is.
-struct RingTurn {
-    int stage = 0, parity = 0;
-
-    __device__ void advance(int stages) {
-        if (++stage == stages) stage = 0, parity ^= 1;
-    }
-};
-
 // One thread: makes the barriers, and starts to copy the weights of the first `ahead` chunks.
 template <int kCols, bool kGated>
 __device__ inline void begin_copies(const TileParams& p, const TileWork& work, TileShared& all, uint32_t ring,
@@ -181,25 +172,6 @@ __global__ void __launch_bounds__(kMaxTileThreads, 1) tile_linear_kernel(const _
     }
     if (p.split > 1) meet_cluster();  // what this block sent has been copied
 #endif
-}
-
-// Describes a matrix of 2-byte numbers, copied in boxes of `box_rows` rows and kChunk columns. False where the driver
-// cannot.
-template <typename T>
-bool describe_matrix(CUtensorMap& map, const void* from, int64_t rows, int64_t dim, int64_t stride, int box_rows) {
-    using Encode = decltype(&cuTensorMapEncodeTiled);
-    static const Encode encode = [] {
-        void* found = nullptr;
-        cudaDriverEntryPointQueryResult result;
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
-        return reinterpret_cast<Encode>(found);
-    }();
-    const auto type = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-    const cuuint64_t sizes[] = {cuuint64_t(dim), cuuint64_t(rows)}, strides[] = {cuuint64_t(stride) * 2};
-    const cuuint32_t box[] = {kChunk, cuuint32_t(box_rows)}, steps[] = {1, 1};
-    return encode && encode(&map, type, 2, const_cast<void*>(from), sizes, strides, box, steps,
-                            CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                            CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
 // Cuts a block's shared memory into stages and sums; returns its bytes.

@@ -2,7 +2,7 @@
 // What linear_tile.cuh's kernel is told, and what becomes of its sums: straight to the result, or by way of the block
 // that adds up a row's parts.
 
-#include "linear_tile_ptx.cuh"
+#include "linear_ring.cuh"
 #include "vec.cuh"
 
 namespace nanoinfer::cuda {
@@ -19,15 +19,10 @@ struct TileLinear {
     int blocks;              // on an SM, 1 or 2: these share its memory
 };
 
-constexpr int kTileRows = 64;  // of x, in a product
-constexpr int kMaxTiles = 3;   // with more, a thread has too few registers for the sums of 160 columns
-constexpr int kMaxParts = 8;   // blocks of a cluster, for which every GPU has room
-constexpr int kGroup = 128;    // threads of a warpgroup
+constexpr int kMaxTiles = 3;  // with more, a thread has too few registers for the sums of 160 columns
+constexpr int kMaxParts = 8;  // blocks of a cluster, for which every GPU has room
 constexpr int kMaxTileThreads = kMaxTiles * kGroup + kWarp;
-constexpr int kChunk = 64;               // numbers along k in a stage
-constexpr int kChunkBytes = kChunk * 2;  // of a row: what the swizzle spans
 constexpr int kMaxStages = 16;
-constexpr int kStageAlignment = 1024;                       // of a stage: 8 swizzled rows
 constexpr int kTileShared[] = {0, 210 * 1024, 110 * 1024};  // bytes of a block where an SM has 1, or 2
 
 // What the kernel gets, worked out by the launcher.

@@ -187,7 +187,9 @@ def _product(x: Tensor, weight: Tensor, gated: bool, wide: bool) -> str:
     """What `ops.linear` or `ops.gated_linear` takes for x and weight."""
     if len(x) <= ops.THIN_ROWS and x.dtype in ops.HALVES:
         return "thin_linear"
-    return "tile_linear" if not wide and ops.best_tiles(x, weight, gated) else "linear"
+    if not wide and ops.best_tiles(x, weight, gated):
+        return "tile_linear"
+    return "tall_gated_linear" if gated and ops.tall_tiles(x, weight) else "linear"
 
 
 def _linear_case(label: str, x: Tensor, weight: Tensor) -> Case:
