@@ -223,7 +223,10 @@ def run_profile(args: argparse.Namespace, command: Sequence[str]) -> None:
     print(title, report.table(profile.table(profiles)), sep="\n\n", end="\n\n")
     if args.plot:
         plot_profile.plot_profile(args.plot, title, profiles)
-    results = [{"batch": p.batch, "context": p.context, "step_us": p.step_us, "us": p.costs()} for p in profiles]
+    results = [
+        {"batch": p.batch, "context": p.context, "step_us": p.plain_us, "profiled_us": p.step_us, "us": p.costs()}
+        for p in profiles
+    ]
     print(json.dumps({"command": "profile", "hardware": report.hardware(target.device), "model": target.name,
                       "dtype": target.dtype, "results": results}))  # fmt: skip
 

@@ -32,11 +32,12 @@ def make_trace(steps: int, length: float = 100.0) -> list[dict]:
 
 def test_costs_and_idle_time_add_up_to_the_step() -> None:
     """A kernel that starts early costs what it runs on after the one before: overlaps are not counted twice."""
-    found = profile.from_events(make_trace(4), batch=8, context=128)
+    found = profile.from_events(make_trace(4), batch=8, context=128, plain_us=90.0)
     assert found.step_us == 100
     costs = found.costs()
     assert costs == {"idle": 82, "attention": 8, "norm": 4, "linear": 4, "other": 2}
     assert sum(costs.values()) == 100
+    assert profile.table([found])[1][:4] == ["8", "128", "90", "100"]
     assert [span.name for span in found.spans] == ["Memcpy", *["decode", "rms_norm", "nvjet_sm90_tst"] * 2]
     assert [span.name for span in plot_profile.middle_layer(found.spans)] == ["decode", "rms_norm", "nvjet_sm90_tst"]
 
@@ -45,12 +46,12 @@ def test_the_step_shown_is_a_typical_one() -> None:
     """Neither the slowest nor the fastest."""
     events = make_trace(2) + [event | {"ts": event["ts"] + 200} for event in make_trace(2, 300.0)]
     events += [event | {"ts": event["ts"] + 600} for event in make_trace(2)]
-    assert profile.from_events(events, 1, 1).step_us == 100
+    assert profile.from_events(events, 1, 1, 90.0).step_us == 100
 
 
 def test_a_trace_without_steps_is_refused() -> None:
     with pytest.raises(SystemExit, match="the trace shows 1 steps"):
-        profile.from_events(make_trace(1), 1, 1)
+        profile.from_events(make_trace(1), 1, 1, 90.0)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +66,7 @@ def test_names_are_the_functions_own(name: str, short: str) -> None:
 
 def test_a_timeline_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    profiles = [profile.from_events(make_trace(4), batch, 128) for batch in (1, 256)]
+    profiles = [profile.from_events(make_trace(4), batch, 128, 90.0) for batch in (1, 256)]
     plot_profile.plot_profile(str(tmp_path / "step.png"), "a card", profiles)
     assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
 
@@ -80,4 +81,5 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
 def test_a_true_step_has_every_kind_of_kernel() -> None:
     with open_target(None, None, "cuda", "bfloat16") as target:
         found = profile.measure(target, {}, 2, 20)
+    assert found.plain_us > 0
     assert {"linear", "attention", "norm", "activation", "rotary and store", "sampling"} <= found.costs().keys()

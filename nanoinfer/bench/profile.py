@@ -2,7 +2,8 @@
 
 A kernel may start while the one before still runs, and then wait for it (programmatic dependent launch), so durations
 overlap. What a kernel costs is therefore the time from the end of the one before to its own end; these times and the
-gaps, in which nothing runs, add up to the step.
+gaps, in which nothing runs, add up to the step. The profiler itself holds up small kernels: what a step takes without
+it is measured first, and told beside.
 """
 
 import json
@@ -14,11 +15,15 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
 from nanoinfer.bench.engines import Options
+from nanoinfer.bench.machine import timed
 from nanoinfer.bench.target import Target
+
+Event = dict[str, Any]  # of a trace
 
 STEPS = 12
 KINDS = {
@@ -52,6 +57,7 @@ class Profile:
     batch: int
     context: int
     step_us: float  # median from one step's begin to the next one's
+    plain_us: float  # the same without the profiler
     spans: list[Span]
 
     def costs(self) -> dict[str, float]:
@@ -73,11 +79,12 @@ def measure(target: Target, options: Options, batch: int, context: int) -> Profi
         target.folder, device=target.device, dtype=target.dtype, skip_tokenizer_init=True,
         load_format="dummy" if target.dummy else "auto", max_num_seqs=batch, enable_prefix_caching=False, **options,
     )  # fmt: skip
-    params = SamplingParams(max_tokens=4 * STEPS, ignore_eos=True, temperature=0.6, detokenize=False)
+    params = SamplingParams(max_tokens=8 * STEPS, ignore_eos=True, temperature=0.6, detokenize=False)
     for i in range(batch):
         engine.add_request([(i + j) % 1000 for j in range(context)], params)
     while any(not seq.output_tokens for seq in engine.sequences):
         engine.step()
+    plain_us = 1e6 / STEPS * median(timed(lambda: [engine.step() for _ in range(STEPS)], "cuda") for _ in range(3))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         for _ in range(STEPS):
             engine.step()
@@ -86,10 +93,10 @@ def measure(target: Target, options: Options, batch: int, context: int) -> Profi
     with TemporaryDirectory() as folder:
         profiler.export_chrome_trace(f"{folder}/trace.json")
         events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
-    return from_events(events, batch, context)
+    return from_events(events, batch, context, plain_us)
 
 
-def from_events(events: Sequence[dict], batch: int, context: int) -> Profile:  # type: ignore[type-arg]
+def from_events(events: Sequence[Event], batch: int, context: int, plain_us: float) -> Profile:
     """The step of median length among those in a trace. A step begins with its message, copied to the device."""
     kinds = ("kernel", "gpu_memcpy", "gpu_memset")
     shown = sorted((event for event in events if event.get("cat") in kinds), key=lambda event: event["ts"])
@@ -99,10 +106,10 @@ def from_events(events: Sequence[dict], batch: int, context: int) -> Profile:  #
     lengths = [shown[b]["ts"] - shown[a]["ts"] for a, b in pairwise(begins)]
     typical = median(lengths)
     chosen = min(range(len(lengths)), key=lambda i: abs(lengths[i] - typical))
-    return Profile(batch, context, typical, _spans(shown[begins[chosen] : begins[chosen + 1]]))
+    return Profile(batch, context, typical, plain_us, _spans(shown[begins[chosen] : begins[chosen + 1]]))
 
 
-def _spans(events: Sequence[dict]) -> list[Span]:  # type: ignore[type-arg]
+def _spans(events: Sequence[Event]) -> list[Span]:
     spans, origin, last_end = list[Span](), events[0]["ts"], 0.0
     for event in events:
         start = event["ts"] - origin
@@ -122,9 +129,10 @@ def short_name(name: str) -> str:
 def table(profiles: Sequence[Profile]) -> list[list[str]]:
     """A line for each batch: microseconds by kind."""
     names = list(dict.fromkeys(name for profile in profiles for name in profile.costs()))
-    lines = [["batch", "context", "step us", *names]]
+    lines = [["batch", "context", "step us", "profiled", *names]]
     for profile in profiles:
         costs = profile.costs()
         values = [f"{costs.get(name, 0.0):.0f}" for name in names]
-        lines.append([str(profile.batch), str(profile.context), f"{profile.step_us:.0f}", *values])
+        step = [f"{profile.plain_us:.0f}", f"{profile.step_us:.0f}"]
+        lines.append([str(profile.batch), str(profile.context), *step, *values])
     return lines
