@@ -6,6 +6,8 @@
     python bench.py latency --config qwen2-0.5b --batch 1 8 32 --context 128 1024 --plot latency.png
     python bench.py startup --model ./my-model --engine nanoinfer,hf
     python bench.py ops --shapes qwen2-7b
+    python bench.py attention --shapes qwen2-0.5b qwen2-7b      # attention alone: decode, prompts, chunks of prompts
+    python bench.py mixed --config qwen2-0.5b --batch 32 256    # decodes and a prompt's chunk in one step, and apart
     python bench.py profile --config qwen2-0.5b --batch 1 256 --plot step.png   # a decode step, kernel by kernel
 
 Prints the hardware, a table, and as the last line one JSON object with all figures. `--config` needs no download: a
@@ -16,14 +18,14 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
 
 import torch
 
-from nanoinfer.bench import latency, ops, plot, plot_profile, profile, report, startup, throughput
+from nanoinfer.bench import attention, latency, mixed, ops, plot, plot_profile, profile, report, startup, throughput
 from nanoinfer.bench.compare import Measured, Row, measure_engines
 from nanoinfer.bench.cost import ModelCost
 from nanoinfer.bench.engines import ENGINES, TAKE_SAMPLING
@@ -67,6 +69,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     command.add_argument("--batch", type=_positive, nargs="+", default=[1, 8], help="of the decode steps")
     command.add_argument("--context", type=_positive, default=1024, help="of decode steps; length of the prefill")
     command.add_argument("--repeats", type=_positive, default=10, help="the median counts")
+    command = add_command("attention", parents=[machine], help="attention alone, in a chain of layers")
+    command.add_argument("--shapes", nargs="+", choices=SHAPES, default=["qwen2-0.5b"])
+    command.add_argument("--repeats", type=_positive, default=10, help="the median counts")
+    command = add_command("mixed", parents=[machine, model], help="decodes and a prompt's chunk in one step")
+    command.add_argument("--batch", type=_positive, nargs="+", default=[32], help="decodes")
+    command.add_argument("--context", type=_positive, default=512, help="prompt tokens of each decoding request")
+    command.add_argument("--chunk", type=_positive, default=2048, help="tokens of the prompt in each step")
     command = add_command("profile", parents=[machine, model], help="a decode step on a GPU, kernel by kernel")
     command.add_argument("--batch", type=_positive, nargs="+", default=[1, 256])
     command.add_argument("--context", type=_positive, default=128, help="prompt tokens of each request")
@@ -195,25 +204,53 @@ def run_startup(args: argparse.Namespace, command: Sequence[str]) -> None:
 
 
 def run_ops(args: argparse.Namespace, command: Sequence[str]) -> None:
+    steps = {f"decode {batch}": (batch, 1) for batch in args.batch} | {"prefill": (1, args.context)}
+
+    def measure(device: torch.device, dtype: torch.dtype) -> list[ops.OpTime]:
+        rows = []
+        for name, (batch, length) in steps.items():
+            step = ops.make_step(batch, length, args.context, device)
+            for shape in args.shapes:
+                rows += ops.measure(shape, step, name, device, dtype, args.repeats)
+        return rows
+
+    _run_op_times(args, f"{args.context} tokens of context", measure)
+
+
+def run_attention(args: argparse.Namespace, command: Sequence[str]) -> None:
+    def measure(device: torch.device, dtype: torch.dtype) -> list[ops.OpTime]:
+        return [row for shape in args.shapes for row in attention.measure(shape, device, dtype, args.repeats)]
+
+    _run_op_times(args, "a layer in a chain of layers", measure)
+
+
+def _run_op_times(
+    args: argparse.Namespace, what: str, measure: Callable[[torch.device, torch.dtype], list[ops.OpTime]]
+) -> None:
     with open_target(None, args.shapes[0], args.device, args.dtype) as target:
         device, dtype = torch.device(target.device), target.torch_dtype()
     limits = measure_limits(target.device, dtype)
-    steps = {f"decode {batch}": (batch, 1) for batch in args.batch} | {"prefill": (1, args.context)}
-    rows = []
-    for name, (batch, length) in steps.items():
-        step = ops.make_step(batch, length, args.context, device)
-        for shape in args.shapes:
-            rows += ops.measure(shape, step, name, device, dtype, args.repeats)
+    rows = measure(device, dtype)
     limits = limits.best(measure_limits(target.device, dtype))  # shares are of the best seen before and after
-    what = f"{target.dtype}, {args.context} tokens of context"
+    what = f"{target.dtype}, {what}"
     lines = [report.hardware(target.device), what, report.describe(limits, target.dtype)]
     print("\n".join(lines), report.table(ops.table(rows, limits)), sep="\n\n", end="\n\n")
     if args.plot:
         plot.plot_ops(args.plot, "\n".join(lines), rows, limits)
     print(json.dumps({
-        "command": "ops", "hardware": lines[0], "workload": what, "dtype": target.dtype, "machine": asdict(limits),
+        "command": args.command, "hardware": lines[0], "workload": what, "dtype": target.dtype,
+        "machine": asdict(limits),
         "results": [asdict(row) | {"share_of_limit": row.share_of(limits)} for row in rows],
     }))  # fmt: skip
+
+
+def run_mixed(args: argparse.Namespace, command: Sequence[str]) -> None:
+    with _target(args) as target:
+        rows = [mixed.measure(target, batch, args.context, args.chunk) for batch in args.batch]
+    title = f"{report.hardware(target.device)}\n{target.name}, {target.dtype}"
+    print(title, report.table(mixed.table(rows)), sep="\n\n", end="\n\n")
+    print(json.dumps({"command": "mixed", "hardware": report.hardware(target.device), "model": target.name,
+                      "dtype": target.dtype, "results": [asdict(row) for row in rows]}))  # fmt: skip
 
 
 def run_profile(args: argparse.Namespace, command: Sequence[str]) -> None:
@@ -263,7 +300,7 @@ def _print_json(
 
 
 RUN = {"throughput": run_throughput, "latency": run_latency, "startup": run_startup, "ops": run_ops,
-       "profile": run_profile}  # fmt: skip
+       "attention": run_attention, "mixed": run_mixed, "profile": run_profile}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> None:
