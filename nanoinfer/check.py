@@ -26,7 +26,7 @@ from nanoinfer.row_state import (
 Arguments = dict[str, Tensor | float | int | bool | None]
 
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-FLOAT32_OPS = {"prepare_batch", "penalize", "sample"}  # the others take every dtype
+FLOAT32_OPS = {"prepare_batch", "penalize", "sample", "tell_logprobs"}  # the others take every dtype
 FLOAT32_TENSORS = {"row_state", "cos_sin"}  # float32, or bits of it, beside any dtype
 
 
@@ -223,5 +223,12 @@ EXAMPLES: dict[str, Callable[[], Arguments]] = {
         "row_state": _rows(2, length=3),
         "tokens": int32(0, 0),
         "vocab_size": 50,
+    },
+    "tell_logprobs": lambda: {
+        "logits": torch.randn(3, 50),
+        "rows": int32(2, 0),
+        "tokens": int32(7, 40),
+        "vocab_size": 47,
+        "count": 5,
     },
 }

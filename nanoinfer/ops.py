@@ -40,6 +40,7 @@ SCHEMAS = {
     "penalize": "(Tensor(a!) logits, Tensor sample_rows, Tensor row_state, Tensor block_tables, Tensor slot_tokens, "
     "int block_size) -> ()",
     "sample": "(Tensor logits, Tensor sample_rows, Tensor(a!) row_state, Tensor(b!) tokens, int vocab_size) -> ()",
+    "tell_logprobs": "(Tensor logits, Tensor? rows, Tensor tokens, int vocab_size, int count) -> Tensor",
 }
 
 # Shapes and dtypes of results, for tracing; an op that is not here returns nothing.
@@ -53,6 +54,7 @@ FAKES: dict[str, Callable[..., Tensor]] = {
     ),
     "tile_linear": lambda x, weight, bias, gated, *plan: x.new_empty((x.shape[0], weight.shape[0] // (1 + gated))),
     "tall_gated_linear": lambda x, weight, *cut: x.new_empty((x.shape[0], weight.shape[0] // 2)),
+    "tell_logprobs": lambda logits, rows, tokens, vocab_size, count: tokens.new_empty((len(tokens), 3 + 2 * count)),
 }
 
 # Most rows that `thin_linear` takes. On two AVX-512 cores a 4864 x 896 bf16 layer takes 234, 357 and 668 us for 1, 8
@@ -60,6 +62,7 @@ FAKES: dict[str, Callable[..., Tensor]] = {
 # many run beside it, which the library does not promise.
 THIN_ROWS = 16
 TALL_ROWS = 256  # `tall_gated_linear` is for more
+FEW = 32  # most ids for which `tell_logprobs` has a kernel
 FLOAT_PRODUCT_DEVICES = ("cuda",)  # where the library's product of halves can leave its float32 sums unrounded
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -104,8 +107,9 @@ _ops = torch.ops.nanoinfer
 
 
 def missing_kernels(device: str) -> list[str]:
-    """Ops that run on plain torch where `device`, "CPU" or "CUDA", calls them; two are for GPUs."""
-    unused = {"CPU": {"tile_linear", "tall_gated_linear"}}.get(device, set())
+    """Ops that run on plain torch where `device`, "CPU" or "CUDA", calls them, and would do better."""
+    # Two are for GPUs; the third is a few passes over memory, whose work torch shares out well.
+    unused = {"CPU": {"tile_linear", "tall_gated_linear", "tell_logprobs"}}.get(device, set())
     return sorted(name for name in SCHEMAS if (name, device) not in COMPILED and name not in unused)
 
 
@@ -285,3 +289,17 @@ def sample(logits: Tensor, sample_rows: Tensor, row_state: Tensor, tokens: Tenso
     uniform number, which depends on the row's seed and length alone. Adds 1 to the row's LENGTH.
     """
     _ops.sample(logits, sample_rows, row_state, tokens, vocab_size)
+
+
+def tell_logprobs(logits: Tensor, rows: Tensor | None, tokens: Tensor, vocab_size: int, count: int) -> Tensor:
+    """What there is to tell of the ids that stand at some places, and of the `count` likeliest there.
+
+    logits [L, V] float32, of which ids below vocab_size count; rows [P] int32: each place's row of them, None: place
+    i's is row i; tokens [P] int32, where -1 counts as 0. Returns [P, 3 + 2 count] int32: the token's rank, which is
+    1 + how many ids have a larger logit; the token and its log probability, a float32 by its bits; then the ids with
+    the largest logits and theirs, largest first, the lowest id first of equal ones. Where a logit is NaN or the largest
+    is infinite, every log probability is NaN, and the ids are any.
+    """
+    if count > FEW:
+        return reference.tell_logprobs(logits, rows, tokens, vocab_size, count)
+    return _ops.tell_logprobs(logits, rows, tokens, vocab_size, count)  # type: ignore[no-any-return]

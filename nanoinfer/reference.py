@@ -25,6 +25,9 @@ from nanoinfer.row_state import (
     TOP_P,
 )
 
+# Ids that `_find_largest` compares by their largest before it orders any: ordering alone reads a row several times.
+TILE = 32
+
 
 def _wide(x: Tensor) -> Tensor:
     """x in the type that inner arithmetic uses."""
@@ -241,3 +244,50 @@ def uniform(seed_lo: int, seed_hi: int, position: int) -> float:
         ]
         key = [(key[0] + 0x9E3779B9) & mask, (key[1] + 0xBB67AE85) & mask]
     return ((counter[0] >> 5) * 2**26 + (counter[1] >> 6)) / 2**53
+
+
+def tell_logprobs(logits: Tensor, rows: Tensor | None, tokens: Tensor, vocab_size: int, count: int) -> Tensor:
+    logits = logits if rows is None else logits.index_select(0, rows)
+    tokens = tokens.long().clamp_min(0).unsqueeze(1)
+    own = logits.gather(1, tokens)
+    # Both logarithms are subtracted: their sum, rounded, would be less exact.
+    base = logits[:, :vocab_size].amax(1, keepdim=True)
+    log_sum = (logits[:, :vocab_size] - base).exp_().sum(1, keepdim=True).log_()
+    ids = torch.cat((tokens, _find_largest(logits, vocab_size, count)), 1) if count else tokens
+    logprobs = (logits.gather(1, ids) - base - log_sum).float()
+    rank = 1 + _count_larger(logits, own, vocab_size)
+    return torch.cat((rank, torch.stack((ids.int(), logprobs.view(torch.int32)), 2).flatten(1)), 1)
+
+
+def _find_largest(logits: Tensor, vocab_size: int, count: int) -> Tensor:
+    """Ids of the `count` largest of each row, in order. They lie in the tiles with the largest maxima, of equal ones
+    the first, or in what is left after the last tile."""
+    tiles = vocab_size // TILE
+    if count >= tiles:
+        return _first(logits[:, :vocab_size], count)
+    best = _first(logits[:, : tiles * TILE].unflatten(1, (tiles, TILE)).amax(2), count).sort(1).values
+    within = torch.arange(TILE, device=logits.device)
+    rest = torch.arange(tiles * TILE, vocab_size, device=logits.device).expand(len(logits), -1)
+    ids = torch.cat(((best.unsqueeze(2) * TILE + within).flatten(1), rest), 1)
+    return ids.gather(1, _first(logits.gather(1, ids), count))
+
+
+def _first(values: Tensor, count: int) -> Tensor:
+    """Places [P, count] of the largest of each row [P, N] float32, largest first, the first of equal ones first."""
+    bits = (values + 0.0).view(torch.int32)  # of 0 where it was -0
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+    # No two keys are equal, so topk leaves nothing open; a stable sort takes longer.
+    keys = (ordered << 32) - torch.arange(values.shape[1], device=values.device)
+    return keys.topk(count).indices
+
+
+def _count_larger(logits: Tensor, than: Tensor, vocab_size: int) -> Tensor:
+    """How many ids of each row have a larger logit -> [P, 1] int32. Where their number allows it eight are counted at
+    a time, in the bytes of one sum: 16 rows of 151,936 take two cores 57 us, else 405."""
+    larger = logits > than
+    larger[:, vocab_size:] = False
+    if larger.shape[1] % (8 * 16):
+        return larger.sum(1, keepdim=True, dtype=torch.int32)
+    # Each byte counts to 16 at most, so that none runs over.
+    eights: Tensor = larger.view(torch.int64).unflatten(1, (16, -1)).sum(1)
+    return eights.view(torch.uint8).sum(1, keepdim=True, dtype=torch.int32)

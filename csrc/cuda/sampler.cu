@@ -4,8 +4,6 @@
 namespace nanoinfer {
 namespace {
 
-constexpr int64_t kMaxVocab = int64_t(cuda::kMaxSlices) * cuda::kSliceSize;
-
 void sample(const Tensor& logits, const Tensor& sample_rows, const Tensor& row_state, const Tensor& tokens,
             int64_t vocab_size) {
     const char* op = "sample";
@@ -16,7 +14,8 @@ void sample(const Tensor& logits, const Tensor& sample_rows, const Tensor& row_s
     Want(op, "tokens", tokens).dtype(ScalarType::Int).shape({rows}).dense(0).same_device(logits);
     require(vocab_size >= 1 && vocab_size <= logits.size(1), op, ": vocab_size must be in [1, ", logits.size(1),
             "], the columns of logits, got ", vocab_size);
-    require(vocab_size <= kMaxVocab, op, ": vocab_size must be at most ", kMaxVocab, " on CUDA, got ", vocab_size);
+    require(vocab_size <= cuda::kMaxVocab, op, ": vocab_size must be at most ", cuda::kMaxVocab, " on CUDA, got ",
+            vocab_size);
     const Tensor workspace = empty({cuda::sample_workspace(rows, vocab_size)}, logits, ScalarType::Byte);
     const cuda::Sample params = {
         .logits = static_cast<const float*>(logits.data_ptr()),

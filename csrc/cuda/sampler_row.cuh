@@ -38,6 +38,7 @@ constexpr int kScanTiles = 8;  // a warp's tiles of a slice: all under way at on
 constexpr int kSliceTiles = kScanWarps * kScanTiles;
 constexpr int kSliceSize = kSliceTiles * kTile;
 constexpr int kMaxSlices = 64;  // 2^19 weights of up to 2^42 units stay far from 2^64
+constexpr int64_t kMaxVocab = int64_t(kMaxSlices) * kSliceSize;
 
 using Mass = unsigned long long;
 
@@ -205,6 +206,37 @@ __device__ inline void load_tile(const float* logits, int64_t vocab, int tile, f
         const int id = tile * kTile + id_in_tile<kVec>(threadIdx.x % kWarp, n);
         x[n] = id < vocab ? logits[id] : -INFINITY;
     }
+}
+
+// What a warp of a scan has of a slice: each thread kScanTiles * kLane logits, whose ids ascend.
+template <int kVec>
+__device__ inline void load_slice(const float* logits, int64_t vocab, int slice, float (&x)[kScanTiles][kLane]) {
+    const int first = slice * kSliceTiles + threadIdx.x / kWarp;  // the warp's first tile
+    if (int64_t(slice + 1) * kSliceSize <= vocab) {               // without conditions all loads leave at once
+#pragma unroll
+        for (int j = 0; j < kScanTiles; ++j) load_whole_tile<kVec>(logits, first + j * kScanWarps, x[j]);
+    } else {
+#pragma unroll
+        for (int j = 0; j < kScanTiles; ++j) load_tile<kVec>(logits, vocab, first + j * kScanWarps, x[j]);
+    }
+}
+
+// Id within the slice of the thread's n-th logit.
+template <int kVec>
+__device__ inline int id_in_slice(int n) {
+    const int tile = n / kLane * kScanWarps + threadIdx.x / kWarp;
+    return tile * kTile + id_in_tile<kVec>(threadIdx.x % kWarp, n % kLane);
+}
+
+// Lowest id in the slice of a logit that equals `largest`, as the thread sees it; kSliceSize where none does.
+template <int kVec>
+__device__ inline int find_best(const float (&x)[kScanTiles][kLane], float largest) {
+    int best = kSliceSize;
+#pragma unroll
+    for (int n = kScanTiles * kLane - 1; n >= 0; --n) {
+        if (x[n / kLane][n % kLane] == largest) best = id_in_slice<kVec>(n);
+    }
+    return best;
 }
 
 // Sums of all threads' values up to and including this one's, kN of them side by side, in one order. `scratch`: values

@@ -6,18 +6,6 @@
 
 namespace nanoinfer::cuda {
 
-// Lowest id in the slice of a logit that equals `largest`, as the thread sees it.
-template <int kVec>
-__device__ inline int find_best(const float (&x)[kScanTiles][kLane], float largest) {
-    int best = kSliceSize;
-#pragma unroll
-    for (int n = kScanTiles * kLane - 1; n >= 0; --n) {
-        const int tile = n / kLane * kScanWarps + threadIdx.x / kWarp;
-        if (x[n / kLane][n % kLane] == largest) best = tile * kTile + id_in_tile<kVec>(threadIdx.x % kWarp, n % kLane);
-    }
-    return best;
-}
-
 // Writes the largest logit of each of the warp's tiles.
 __device__ inline void write_maxima(const float (&x)[kScanTiles][kLane], float* maxima) {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -70,15 +58,8 @@ __global__ void __launch_bounds__(kScanThreads, 4) sample_scan_kernel(const __gr
     const int row = table_row(p, i);
     if (row < 0) return;
     const float* logits = p.logits + i * p.logits_stride;
-    const int first = slice * kSliceTiles + threadIdx.x / kWarp;  // the warp's first tile
     float x[kScanTiles][kLane];
-    if (int64_t(slice + 1) * kSliceSize <= p.vocab) {  // without conditions all loads leave at once
-#pragma unroll
-        for (int j = 0; j < kScanTiles; ++j) load_whole_tile<kVec>(logits, first + j * kScanWarps, x[j]);
-    } else {
-#pragma unroll
-        for (int j = 0; j < kScanTiles; ++j) load_tile<kVec>(logits, p.vocab, first + j * kScanWarps, x[j]);
-    }
+    load_slice<kVec>(logits, p.vocab, slice, x);
     const RowParams r = row_params(p, row);
     const Workspace work = workspace_at(p, i, slice);
     float own = x[0][0];

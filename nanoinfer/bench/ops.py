@@ -218,6 +218,7 @@ def _sampling_cases(step: Step, logits: Tensor, vocab: int) -> Iterator[Case]:
     yield Case("sample", lambda: ops.sample(logits, rows, plain, chosen, vocab), read)
     filtered = step.row_state.clone()
     yield Case("sample", lambda: ops.sample(logits, rows, filtered, chosen, vocab), read, label="top-k, top-p")
+    yield Case("tell_logprobs", lambda: ops.tell_logprobs(logits, None, chosen, vocab, 5), read, label="5 likeliest")
 
 
 def flush_bytes(device: torch.device) -> int:
