@@ -6,13 +6,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from nanoinfer import LLM, SamplingParams
 from nanoinfer.engine import model_runner
-from nanoinfer.engine.special import FEW, TILE, Special, count_true, find_likeliest
+from nanoinfer.engine.special import Special
+from nanoinfer.ops import FEW
 
 DEMO = Path(__file__).parent.parent / "nanoinfer" / "assets" / "demo"
 PROMPT = "def fibonacci(n):\n    if n"
@@ -39,29 +37,6 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[Special]:
 
 def params(**options: object) -> SamplingParams:
     return SamplingParams(**{"temperature": 0, "max_tokens": 12, "ignore_eos": True} | options)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    rows=st.integers(1, 4), vocab=st.integers(1, 6 * TILE), count=st.integers(0, 12), levels=st.integers(2, 2000),
-    seed=st.integers(0, 99),
-)  # fmt: skip
-def test_the_likeliest_are_the_largest(rows: int, vocab: int, count: int, levels: int, seed: int) -> None:
-    """Whatever the vocabulary's size, and however many ids are equal: what sorting gives, of distinct ids."""
-    values = torch.randint(levels, (rows, vocab), generator=torch.Generator().manual_seed(seed)).float()
-    values[:, ::7] = -torch.inf
-    count = min(count, vocab)
-    found, ids = find_likeliest(values, count)
-    assert torch.equal(found, values.sort(1, descending=True).values[:, :count])
-    assert torch.equal(values.gather(1, ids), found)
-    assert all(len(set(row)) == count for row in ids.tolist())
-    assert torch.equal(count_true(values > 1), (values > 1).sum(1, keepdim=True))
-
-
-def test_many_are_counted_right() -> None:
-    """Every id of a large vocabulary: no byte of the packed sums runs over."""
-    for vocab in (151_936, 152_064, TILE, 3):
-        assert count_true(torch.ones(2, vocab, dtype=torch.bool)).flatten().tolist() == [vocab] * 2
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,10 @@
 
 A step of decodes alone has one token a chunk, so its number of chunks says all of its shape. Rounded up to a bucket, it
 is captured as two CUDA graphs: `forward` (apply the message, run the model, logits) and `sample` (choose, advance the
-table). What some requests want done to their logits, or told of them, is done between the two, by `special.py`.
-Lengths, rows and slots are read from the device's memory, so a graph serves every later step of its bucket. Without
-graphs the same kernels run on the same shapes, hence the same tokens. A step with a prefill chunk in it is never
-captured: it is long enough to hide its launches.
+table). What some requests want done to their logits is done between the two, by `special.py`; what they want told comes
+after both. Lengths, rows and slots are read from the device's memory, so a graph serves every later step of its bucket.
+Without graphs the same kernels run on the same shapes, hence the same tokens. A step with a prefill chunk in it is
+never captured: it is long enough to hide its launches.
 
 Two streams: one computes; the other brings sampled tokens to the host while the next step already runs.
 """
@@ -28,7 +28,7 @@ from nanoinfer.batch import Batch
 from nanoinfer.engine.model_runner import EMPTY_STEP, CacheShape, Model, ModelRunner, StepHandle, StepShape
 from nanoinfer.engine.rows import Rows, Step
 from nanoinfer.engine.sequence import Sequence
-from nanoinfer.engine.special import Special
+from nanoinfer.engine.special import PROMPT_ROWS, Special
 from nanoinfer.sampling_params import SamplingParams
 
 logger = logging.getLogger("nanoinfer")
@@ -55,7 +55,7 @@ class RingSlot:
 @dataclass(frozen=True, slots=True)
 class StepGraphs:
     forward: torch.cuda.CUDAGraph
-    logits: Tensor  # [bucket, V], there between the two: see `borrow`
+    logits: Tensor  # [bucket, V], there from the one until the next step's: see `borrow`
     sample: torch.cuda.CUDAGraph
 
 
@@ -204,8 +204,9 @@ def _to_host(tensor: Tensor) -> Tensor:
 def borrow(tensor: Tensor) -> Tensor:
     """A tensor of the same memory with no hold on it.
 
-    What a graph wrote there can be read until another graph of its pool runs. Held, the logits of 30 buckets would be
-    30 blocks of their own, gigabytes; let go of, they share one. The pool itself lasts as long as its graphs.
+    What a `forward` graph wrote there can be read until a graph of another step runs: its own `sample` graph, captured
+    while the tensor was held, writes elsewhere. Held for longer, the logits of 30 buckets would be 30 blocks of their
+    own, gigabytes; let go of, they share one. The pool itself lasts as long as its graphs.
     """
     shape, address = tuple(tensor.shape), tensor.data_ptr()
     memory = {"shape": shape, "strides": None, "typestr": "<f4", "data": (address, False), "version": 2}
@@ -229,12 +230,18 @@ def make_runner(
 
 
 def measure_step_bytes(runner: ModelRunner, max_tokens: int, max_model_len: int) -> int:
-    """GPU memory that the largest prefill step and all decode steps take and keep, in bytes."""
+    """GPU memory that the largest steps of their kinds and all captured ones take and keep, in bytes."""
     assert isinstance(runner, CudaRunner)
     left = [torch.cuda.mem_get_info()[0]]
     length = min(max_tokens, max_model_len - 1)
-    for lengths in ([length] * min(max_tokens // length, runner.max_chunks), [1] * runner.max_chunks):
-        runner.launch(_lone_step(lengths, runner.block_size)).tokens()
+    plain = SamplingParams()
+    told = SamplingParams(logprobs=0, prompt_logprobs=0, repetition_penalty=2.0)  # of logits that change: they are kept
+    for lengths, params in (
+        ([length] * min(max_tokens // length, runner.max_chunks), plain),
+        ([1] * runner.max_chunks, told),
+        ([min(length, PROMPT_ROWS + 1)], told),
+    ):
+        runner.launch(_lone_step(lengths, params, runner.block_size)).tokens()
     graphs = runner.buckets[::-1][:2] if runner.capture else []
     for bucket in graphs:
         runner.capture_step(bucket)
@@ -246,11 +253,11 @@ def measure_step_bytes(runner: ModelRunner, max_tokens: int, max_model_len: int)
     return left[0] - left[-1] + (len(runner.buckets) - len(graphs)) * (left[-2] - left[-1])
 
 
-def _lone_step(lengths: list[int], block_size: int) -> Step:
+def _lone_step(lengths: list[int], params: SamplingParams, block_size: int) -> Step:
     """Whole prompts of requests that exist for a measurement, all of them in block 0."""
     rows = Rows(len(lengths))
     for row, length in enumerate(lengths):
-        seq = Sequence("", row, [0] * length, length, SamplingParams(), length + 1, frozenset(), 0)
+        seq = Sequence("", row, [0] * length, length, params, length + 1, frozenset(), 0)
         seq.block_table = [0] * -(-length // block_size)
         rows.move_in(seq, row)
     return rows.advance(np.arange(len(lengths), dtype=np.int32), np.array(lengths, dtype=np.int32))

@@ -46,6 +46,7 @@ class Sequence:
     num_cached_tokens: int = 0  # of the prompt, when it was first admitted
 
     rules: LogitsRules | None = None
+    changes_logits: bool = field(init=False)  # what its tokens are chosen from is not what the model gave
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # one for each output token, where they are asked for
     cumulative_logprob: float = 0.0  # of the output tokens, likewise
     prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # by position
@@ -63,6 +64,11 @@ class Sequence:
     scheduled_time: float = 0.0
     first_token_time: float = 0.0
     finished_time: float = 0.0
+
+    def __post_init__(self) -> None:
+        params = self.params
+        penalties = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
+        self.changes_logits = self.rules is not None or penalties != (1, 0, 0)
 
     @property
     def special_until(self) -> int:
