@@ -93,6 +93,7 @@ PagedAttention make_params(const Tensor& q, const Tensor& kv, const Tensor& q_st
         .out = out.data_ptr(),
         .partial_out = nullptr,
         .partial_sums = nullptr,
+        .next_item = nullptr,
         .q_stride = q.stride(0),
         .table_stride = block_tables.stride(0),
         .tokens = tokens,
@@ -173,6 +174,8 @@ Tensor paged_attention(const Tensor& q, const Tensor& kv, const Tensor& q_starts
     const int64_t parts = merges ? int64_t(p.chunks) * p.max_parts : 0;
     const Tensor partial_out = new_floats({parts, p.q_heads, q.size(2)}, q);
     const Tensor partial_sums = new_floats({parts, p.q_heads, 2}, q);
+    const Tensor next_item = new_floats({1}, q);
+    p.next_item = static_cast<int*>(next_item.data_ptr());
     p.partial_out = static_cast<float*>(partial_out.data_ptr());
     p.partial_sums = static_cast<float2*>(partial_sums.data_ptr());
     const cudaError_t error = attend(q.scalar_type(), q.size(2), p, current_stream(device));

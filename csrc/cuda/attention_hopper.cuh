@@ -2,11 +2,13 @@
 // Attention of long chunks on Hopper (sm_90a): its asynchronous matrix products (wgmma) and bulk tensor copies
 // (FlashAttention-3, Shah et al., 2024). Items are those of attention_prefill.cuh.
 //
-// There is a block on each multiprocessor, of three warpgroups of 128 threads, which takes items in turn. One warp of
-// the first copies tiles of keys and of values to a ring of slots in shared memory, the others find the items and copy
-// their queries, an item ahead; the other warpgroups each take 64 of an item's rows. While the tensor cores add up one
-// tile's values, and multiply the next one's keys, a warpgroup weighs scores, or the other one does. Tiles go through
-// the ring in the order in which they are used: keys 0, keys 1, values 0, keys 2, values 1, ..., the last values.
+// There is a block on each multiprocessor, of three warpgroups of 128 threads, which takes the next item when its last
+// one nears its end: items differ too much in length to be shared out beforehand (of four prompts of 4k, 12 heads of
+// 128, that left multiprocessors idle for a sixth of the time), or to be taken long before. One warp of the first
+// warpgroup copies tiles of keys and of values to a ring of slots in shared memory, the others find the items and copy
+// their queries; the other warpgroups each take 64 of an item's rows. While the tensor cores add up one tile's values,
+// and multiply the next one's keys, a warpgroup weighs scores, or the other one does. Tiles go through the ring in the
+// order in which they are used: keys 0, keys 1, values 0, keys 2, values 1, ..., the last values.
 
 #include "attention_hopper_rows.cuh"
 
@@ -14,18 +16,33 @@ namespace nanoinfer::cuda {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
+// Barriers of a block are numbered: 0 is __syncthreads, warpgroups 1 and 2 meet at theirs.
+constexpr int kQueryMeeting = 3;
+// An item is taken when so many tiles of keys of the one before are still to be copied. What the ring holds by then
+// keeps the tensor cores busy for 4 us, and finding an item and copying its queries takes 2.
+constexpr int kAhead = 2;
+
 struct HopperItem {
     PrefillItem item;
     int first, tiles;  // its first tile's first key; none where no row sees a key
     bool done;         // no item: there are no more
 };
 
+template <typename Shape>
+__device__ HopperItem hopper_item(const PagedAttention& p, const Chunk& chunk, int local) {
+    const PrefillItem item = prefill_item<Shape::kRows>(p, chunk, local);
+    const int first = item.low / Shape::kKeys * Shape::kKeys;
+    return {item, first, ceil_div(larger(item.end - first, 0), Shape::kKeys), false};
+}
+
 // What a block has in shared memory beside tiles and queries.
 template <typename Shape>
 struct HopperShared {
     uint64_t full[Shape::kSlots], empty[Shape::kSlots];  // barriers of the ring
-    uint64_t queries_full[2], queries_empty[2];
+    uint64_t wanted;  // the copying warp's word that it will soon be through with an item
+    uint64_t found[2], queries_full[2], queries_empty[2];
     HopperItem items[2];  // with the queries
+    int numbers[2];       // theirs, among all items
 
     __device__ void init() {
         for (int i = 0; i < Shape::kSlots; ++i) {
@@ -33,9 +50,11 @@ struct HopperShared {
             init_barrier(shared_address(&empty[i]), 4 * Shape::kGroups);  // the other warpgroups' warps
         }
         for (int i = 0; i < 2; ++i) {
+            init_barrier(shared_address(&found[i]), 1);  // whoever writes the item
             init_barrier(shared_address(&queries_full[i]), Shape::kQueryThreads);
             init_barrier(shared_address(&queries_empty[i]), 4 * Shape::kGroups);
         }
+        init_barrier(shared_address(&wanted), 1);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
 };
@@ -50,42 +69,28 @@ struct Turn {
     }
 };
 
-// The items of a block, for one warp: every second time round the blocks take items in reverse, so that none of them
-// always gets the longest.
-template <typename Shape>
-class HopperWalk {
-  public:
-    __device__ explicit HopperWalk(const PagedAttention& p) : p_(p), finder_(p) {}
-
-    __device__ HopperItem next() {
-        const int index = round_ * gridDim.x + (round_ % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
-        ++round_;
-        Chunk chunk;
-        int local;
-        if (!finder_.find(index, chunk, local)) return {.done = true};
-        const PrefillItem item = prefill_item<Shape::kRows>(p_, chunk, local);
-        const int first = item.low / Shape::kKeys * Shape::kKeys;
-        return {item, first, ceil_div(larger(item.end - first, 0), Shape::kKeys), false};
-    }
-
-  private:
-    const PagedAttention& p_;
-    Finder<prefill_items<Shape::kRows>> finder_;
-    int round_ = 0;
-};
-
 // Three warps: find the items, and copy their queries to two places in turn.
 template <typename T, int D>
 __device__ void copy_all_queries(const PagedAttention& p, HopperShared<HopperShape<D>>& all, uint32_t queries) {
     using Shape = HopperShape<D>;
     const int thread = threadIdx.x - 32;
-    HopperWalk<Shape> walk(p);
+    Finder<prefill_items<Shape::kRows>> finder(p);
     Turn<2> turn;
-    for (bool more = true; more; turn.advance()) {
-        const HopperItem next = walk.next();
+    Turn<1> item;
+    for (bool more = true; more; turn.advance(), item.advance()) {
+        wait_barrier(shared_address(&all.wanted), item.parity ^ 1);
         wait_barrier(shared_address(&all.queries_empty[turn.index]), turn.parity ^ 1);
-        if (thread == 0) all.items[turn.index] = next;
-        more = !next.done;
+        if (thread == 0) all.numbers[turn.index] = atomicAdd(p.next_item, 1);
+        sync_threads<Shape::kQueryThreads>(kQueryMeeting);  // the number is there
+        HopperItem next = {.done = true};
+        Chunk chunk;
+        int local;
+        more = finder.find(all.numbers[turn.index], chunk, local);
+        if (more) next = hopper_item<Shape>(p, chunk, local);
+        if (thread == 0) {
+            all.items[turn.index] = next;
+            arrive(shared_address(&all.found[turn.index]));
+        }
         const uint32_t tile = queries + turn.index * Shape::kQueryBytes;
         if (more) copy_queries<T, D>(p, next.item, Shape::kRows, thread, Shape::kQueryThreads, tile);
         commit_copies();
@@ -100,7 +105,6 @@ __device__ void copy_all_tiles(const PagedAttention& p, const CUtensorMap& map, 
                                uint32_t slots) {
     using Shape = HopperShape<D>;
     const int lane = threadIdx.x % 32, group = lane % 8, panel = lane / 8, values = p.kv_heads << p.block_bits;
-    HopperWalk<Shape> walk(p);
     Turn<Shape::kSlots> slot;
     const auto copy = [&](int row) {
         wait_barrier(shared_address(&all.empty[slot.index]), slot.parity ^ 1);
@@ -111,9 +115,15 @@ __device__ void copy_all_tiles(const PagedAttention& p, const CUtensorMap& map, 
         if (panel < Shape::kPanels) copy_box(to, map, panel * 64, row, full);
         slot.advance();
     };
-    for (HopperItem next = walk.next(); !next.done; next = walk.next()) {
+    for (Turn<2> turn;; turn.advance()) {
+        wait_barrier(shared_address(&all.found[turn.index]), turn.parity);
+        const HopperItem next = all.items[turn.index];
+        if (next.done) break;
+        __syncwarp();  // all lanes have read it
+        if (next.tiles < kAhead && lane == 0) arrive(shared_address(&all.wanted));
         int row = 0;
         for (int tile = 0; tile < next.tiles; ++tile) {
+            if (tile + kAhead == next.tiles && lane == 0) arrive(shared_address(&all.wanted));
             // Behind the end come the last keys again, to be hidden.
             const int key = smaller(next.first + tile * Shape::kKeys + group * 16, (next.item.end - 1) & ~15);
             const int previous = row;
@@ -288,6 +298,7 @@ cudaError_t attend_long_hopper(const PagedAttention& p, cudaStream_t stream, boo
     if (const cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) {
         return error;
     }
+    if (const cudaError_t error = cudaMemsetAsync(p.next_item, 0, sizeof(int), stream)) return error;
     const unsigned blocks = unsigned(items < processors ? items : processors);
     hopper_kernel<T, D><<<blocks, Shape::kThreads, Shape::kSharedBytes, stream>>>(p, map);
     return cudaGetLastError();

@@ -27,8 +27,11 @@ __device__ inline void wait_barrier(uint32_t barrier, int parity) {
         : "memory");
 }
 
-// The threads of a warpgroup other than the first meet.
-__device__ inline void sync_group(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group) : "memory"); }
+// kThreads threads, whole warps, meet at one of the block's barriers: they see what all of them wrote before.
+template <int kThreads>
+__device__ inline void sync_threads(int barrier) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
+}
 
 // Starts to copy 16 rows of 64 numbers, from column and row of the map's tensor on.
 __device__ inline void copy_box(uint32_t to, const CUtensorMap& map, int column, int row, uint32_t barrier) {

@@ -121,7 +121,7 @@ __device__ void zero_rows(uint32_t values, int key, int low, int high) {
         if (at < low || at >= high) store_zeros(values + 16 * i);
     }
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // products read what was stored
-    sync_group(threadIdx.x / 128);                                // by all threads
+    sync_threads<128>(threadIdx.x / 128);                         // by all threads
 }
 
 template <typename Rows>

@@ -19,6 +19,7 @@ struct PagedAttention {
     void* out;                    // [tokens, q_heads, D]
     float* partial_out;           // [chunks, max_parts, q_heads, D]: of a chunk's splits and tokens, see `part`
     float2* partial_sums;         // [chunks, max_parts, q_heads]: log2 of the largest weight, sum over that weight
+    int* next_item;               // counts the items of long chunks that blocks have taken
     int64_t q_stride, table_stride;
     int tokens, chunks, q_heads, kv_heads, blocks, table_rows, table_width;
     int group;          // q_heads / kv_heads
