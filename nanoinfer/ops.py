@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanoinfer import reference
-from nanoinfer.tiles import GatedTiles, Tiles, gated_tiles, measured_tiles
+from nanoinfer.tiles import GatedTiles, Tiles, gated_tiles, measured_tall, measured_tiles
 
 logger = logging.getLogger("nanoinfer")
 
@@ -61,7 +61,7 @@ FAKES: dict[str, Callable[..., Tensor]] = {
 # and 16 rows, torch's linear 535, 520 and 543. Sixteen all the same: what it computes for a row does not depend on how
 # many run beside it, which the library does not promise.
 THIN_ROWS = 16
-TALL_ROWS = 256  # `tall_gated_linear` is for more
+TALL_ROWS = 256  # `tall_gated_linear` is for more, and for some fewer: see tiles.py
 FEW = 32  # most ids for which `tell_logprobs` has a kernel
 FLOAT_PRODUCT_DEVICES = ("cuda",)  # where the library's product of halves can leave its float32 sums unrounded
 HALVES = (torch.bfloat16, torch.float16)
@@ -239,8 +239,11 @@ def best_tiles(x: Tensor, weight: Tensor, gated: bool = False) -> Tiles | None:
 def tall_tiles(x: Tensor, weight: Tensor) -> GatedTiles | None:
     """What `tall_gated_linear` does best with for x and weight; None where it is not for them, or has no kernel."""
     outputs, inputs = weight.shape
-    fits = x.shape[0] > TALL_ROWS and x.dtype in HALVES and outputs % 16 == 0 and inputs % 8 == 0
-    return gated_tiles(outputs // 2, x.shape[0]) if fits and _has_tiles(x.device) else None
+    fits = x.dtype in HALVES and outputs % 16 == 0 and inputs % 8 == 0
+    if not fits or not _has_tiles(x.device):
+        return None
+    rows = x.shape[0]
+    return gated_tiles(outputs // 2, rows) if rows > TALL_ROWS else measured_tall(outputs, inputs, rows)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, float_out: bool = False) -> Tensor:

@@ -7,7 +7,7 @@ from test_thin_linear import make, poisoned
 from torch import Tensor
 
 from nanoinfer import ops, reference
-from nanoinfer.tiles import GatedTiles, gated_tiles
+from nanoinfer.tiles import TALL, GatedTiles, gated_tiles, measured_tiles
 
 HALVES = [torch.bfloat16, torch.float16]
 CUTS = [
@@ -137,6 +137,27 @@ def test_the_width_fits_the_rows(outputs: int) -> None:
     for rows in (257, 512, 1000, 2048):
         cut = gated_tiles(outputs, rows)
         assert cut in {GatedTiles(cols, 2, 1, 8) for cols in (128, 160, 192, 224, 256)}
+
+
+@pytest.mark.parametrize("shape", TALL, ids=str)
+def test_few_rows_take_it_where_measured(shape: tuple[int, int], monkeypatch) -> None:
+    """Its ranges are numbers of rows that `tile_linear`, which is asked first, leaves alone."""
+    monkeypatch.setattr(ops, "_has_tiles", lambda device: True)
+    weight = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    for where, cut in TALL[shape]:
+        for rows in (where[0], where[-1]):
+            assert measured_tiles(*shape, True, rows) is None and rows <= ops.TALL_ROWS
+            assert ops.tall_tiles(torch.empty(rows, shape[1], dtype=torch.bfloat16, device="meta"), weight) == cut
+
+
+@pytest.mark.parametrize("device", on_gpu)
+@pytest.mark.parametrize("shape", TALL, ids=str)
+def test_cuts_of_few_rows_are_accurate(device: str, shape: tuple[int, int]) -> None:
+    """At the sizes that they were measured for."""
+    for where, cut in TALL[shape]:
+        for rows in (where[0], where[-1]):
+            x, weight, _ = make(rows, *shape, torch.bfloat16, device)
+            assert_accurate(x, weight, cut)
 
 
 def test_gated_linear_takes_it(monkeypatch) -> None:
