@@ -2,7 +2,8 @@
 
     compute-sanitizer --tool memcheck --kernel-name kns=nanoinfer python tests/sanitize.py [GROUP ...]
 
-and the same with racecheck, initcheck and synccheck. Groups, all unless named: ops, attention, linear, logprobs. A run
+and the same with racecheck and synccheck, and with initcheck, which has to see torch's kernels as well, without
+--kernel-name. Groups, all unless named: ops, attention, linear, logprobs. A run
 whose kernels did nothing would be clean as well: hence the comparison.
 """
 
