@@ -73,6 +73,20 @@ def test_requests_are_told_of_together(llm: LLM, steps: list[Special]) -> None:
         assert all(max(count, 1) <= len(each) <= count + 1 for each in told or ())
 
 
+@pytest.mark.parametrize("changed", [[False, True, False], [True, False, True], [False, False, True, True]], ids=str)
+def test_changed_logits_are_kept_apart_from_others(llm: LLM, changed: list[bool]) -> None:
+    """Penalties and biases of one request reach neither its own log probabilities nor those told of beside it."""
+    want = [params(logprobs=3, **({"repetition_penalty": 3.0, "logit_bias": {300: 9.0}} if change else {}))
+            for change in changed]  # fmt: skip
+    together = llm.generate([PROMPT] * len(want), want, use_tqdm=False)
+    for out, each in zip(together, want, strict=True):
+        alone = llm.generate(PROMPT, each, use_tqdm=False)[0].outputs[0]
+        assert out.outputs[0].token_ids == alone.token_ids
+        for told, single in zip(out.outputs[0].logprobs, alone.logprobs, strict=True):
+            assert told.keys() == single.keys()
+            assert all(told[id_].logprob == pytest.approx(single[id_].logprob, abs=1e-4) for id_ in told)
+
+
 def test_one_set_of_prompt_logprobs_for_all_choices(llm: LLM, steps: list[Special]) -> None:
     """They are the prompt's: computed with the first choice, shown once, and the same as of a single one."""
     (one,) = llm.generate(PROMPT, params(prompt_logprobs=2), use_tqdm=False)
