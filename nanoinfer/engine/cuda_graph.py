@@ -5,7 +5,7 @@ is captured as two CUDA graphs: `forward` (apply the message, run the model, log
 table). What some requests want done to their logits is done between the two, by `special.py`; what they want told comes
 after both. Lengths, rows and slots are read from the device's memory, so a graph serves every later step of its bucket.
 Without graphs the same kernels run on the same shapes, hence the same tokens. A step with a prefill chunk in it is
-never captured: it is long enough to hide its launches.
+never captured: from some 4,000 tokens on, at 0.5B, it is long enough to hide its launches, which take the host 6 ms.
 
 Two streams: one computes; the other brings sampled tokens to the host while the next step already runs.
 """
