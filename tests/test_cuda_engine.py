@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from nanoinfer import LLM, LLMEngine, SamplingParams
-from nanoinfer.engine.cuda_graph import CudaRunner, StepGraphs, bucket_ladder
+from nanoinfer.engine.cuda_graph import CudaRunner, StepGraphs
+from nanoinfer.engine.step_shapes import bucket_ladder
 from nanoinfer.outputs import RequestOutput
 
 pytestmark = [
@@ -59,13 +60,15 @@ def workload(llm: LLM) -> list[list[int]]:
 
 
 def test_tokens_do_not_depend_on_graphs_or_launching_ahead() -> None:
-    """In bf16, where every change of a kernel or a shape shows."""
+    """In bf16, where every change of a kernel or a shape shows. Steps with prompts are captured in the second round."""
     tokens = {}
     for name, options in MODES.items():
         with make_llm(**options) as llm:
-            tokens[name] = workload(llm)
+            tokens[name] = [workload(llm) for _ in range(3)]
+            replayed = [shape for shape, graph in llm.llm_engine.runner.chunk_graphs.items() if graph]
+            assert bool(replayed) == name.startswith("graphs")
     for name in MODES:
-        assert tokens[name] == tokens["eager, in lockstep"], name
+        assert tokens[name] == [tokens["eager, in lockstep"][0]] * 3, name
 
 
 @pytest.mark.parametrize("repeats", [200, pytest.param(1000, marks=pytest.mark.slow)])
@@ -106,8 +109,11 @@ def test_what_is_asked_for_does_not_depend_on_graphs() -> None:
     told = {}
     for name in ("graphs, a step ahead", "eager, a step ahead"):
         with make_llm(**MODES[name]) as llm:
-            told[name] = [(out.prompt_logprobs, out["token_ids"], out.outputs[0].logprobs) for out in everything(llm)]
-    assert told["graphs, a step ahead"] == told["eager, a step ahead"]
+            told[name] = [
+                [(out.prompt_logprobs, out["token_ids"], out.outputs[0].logprobs) for out in everything(llm)]
+                for _ in range(3)  # the second time, steps with prompts are captured as well
+            ]
+    assert told["graphs, a step ahead"] == [told["eager, a step ahead"][0]] * 3
 
 
 class CountedGraph:
@@ -120,7 +126,7 @@ class CountedGraph:
 
 
 def test_steps_of_special_requests_are_replayed(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every step of decodes alone, whatever its requests ask for; only those with a prompt in them run op by op."""
+    """Every step of decodes alone, whatever its requests ask for."""
     runner = llm.llm_engine.runner
     graphs = {
         bucket: StepGraphs(CountedGraph(each.forward), each.logits, CountedGraph(each.sample))
@@ -186,21 +192,49 @@ def test_graphs_serve_every_size(llm: LLM) -> None:
     assert runner.graphs.keys() == set(bucket_ladder(256))
 
 
-def test_a_step_that_runs_out_of_memory_fails_alone(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_are_replayed_from_the_third_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone, beside decodes, and as the rest of a cached one: the model is launched twice for a shape, then replayed.
+
+    Nothing of it waits for the device, whatever the prompts' lengths within the shape.
+    """
+    with make_llm(max_num_seqs=8) as llm:
+        engine, calls = llm.llm_engine, []
+        forward = engine.runner.model.forward
+        monkeypatch.setattr(engine.runner.model, "forward", lambda *args: calls.append(1) or forward(*args))
+        engine.add_request([5, 6, 7], SamplingParams(max_tokens=400, ignore_eos=True, temperature=0))
+        engine.step()
+        params, launched = SamplingParams(max_tokens=2, ignore_eos=True, temperature=0), []
+        for i in range(8):
+            engine.add_request([(i + 7 * j) % 900 for j in range(129 + 7 * i)], params)
+            calls.clear()
+            if i < 3:  # capturing takes memory
+                engine.step()
+            else:
+                run_without_waiting(engine, steps=1)
+            launched.append(len(calls))
+            for _ in range(2):
+                engine.step()
+        assert launched == [1, 1, 0, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("captured", [False, True], ids=["launched", "captured"])
+def test_a_step_that_runs_out_of_memory_fails_alone(llm: LLM, monkeypatch: pytest.MonkeyPatch, captured: bool) -> None:
     """Its requests end with the reason; the engine, its device sound, serves the next one."""
-    model = llm.llm_engine.runner.model
-    forward = type(model).forward
+    runner = llm.llm_engine.runner
+    monkeypatch.setattr(runner, "chunk_graphs", dict.fromkeys(runner.chunk_shapes) if captured else {})
+    forward = type(runner.model).forward
 
     def greedy(*args: object) -> torch.Tensor:
         torch.empty(2**50, dtype=torch.uint8, device="cuda")
         return forward(*args)
 
-    monkeypatch.setattr(type(model), "forward", greedy)
-    (out,) = llm.generate([[5] * 9], SamplingParams(max_tokens=3), use_tqdm=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(runner.model), "forward", greedy)
+        (out,) = llm.generate([[5] * 9], SamplingParams(max_tokens=3), use_tqdm=False)
     assert out.outputs[0].finish_reason == "error" and "out of memory" in str(out.error)
-    monkeypatch.undo()
-    (out,) = llm.generate([[5] * 9], SamplingParams(max_tokens=3, ignore_eos=True), use_tqdm=False)
-    assert out.outputs[0].finish_reason == "length"
+    for _ in range(3):
+        (out,) = llm.generate([[5] * 9], SamplingParams(max_tokens=3, ignore_eos=True), use_tqdm=False)
+        assert out.outputs[0].finish_reason == "length"
 
 
 def test_engines_come_and_go() -> None:

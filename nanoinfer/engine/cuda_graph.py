@@ -4,8 +4,11 @@ A step of decodes alone has one token a chunk, so its number of chunks says all 
 is captured as two CUDA graphs: `forward` (apply the message, run the model, logits) and `sample` (choose, advance the
 table). What some requests want done to their logits is done between the two, by `special.py`; what they want told comes
 after both. Lengths, rows and slots are read from the device's memory, so a graph serves every later step of its bucket.
-Without graphs the same kernels run on the same shapes, hence the same tokens. A step with a prefill chunk in it is
-never captured: from some 4,000 tokens on, at 0.5B, it is long enough to hide its launches, which take the host 6 ms.
+Without graphs the same kernels run on the same shapes, hence the same tokens.
+
+Of a step with a prompt's chunk in it, tokens and chunks are rounded up, and the model is captured, when such a shape
+comes for the second time; its few logits and tokens are launched one by one. More than CHUNK_TOKENS tokens are never
+rounded: they are long enough to hide their launches, which take the host 6 ms at 0.5B and 15 ms at 7B.
 
 Two streams: one computes; the other brings sampled tokens to the host while the next step already runs.
 """
@@ -29,18 +32,16 @@ from nanoinfer.engine.model_runner import EMPTY_STEP, CacheShape, Model, ModelRu
 from nanoinfer.engine.rows import Rows, Step
 from nanoinfer.engine.sequence import Sequence
 from nanoinfer.engine.special import PROMPT_ROWS, Special
+from nanoinfer.engine.step_shapes import bucket_ladder, chunk_shapes
 from nanoinfer.sampling_params import SamplingParams
 
 logger = logging.getLogger("nanoinfer")
 
 # A slot of the ring is written again when its step is long over: one is in flight, one is being committed.
 RING = 3
-
-
-def bucket_ladder(limit: int) -> list[int]:
-    """Numbers of requests to capture steps for, up to limit: above 8, at most an eighth to a quarter of padding."""
-    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, limit, 32)]
-    return [size for size in sizes if size < limit] + [limit]
+# Of GPU memory for a graph itself: on an H200 20 graphs of 24 layers took 14 MB, of 28 layers 4. The driver takes it in
+# pieces for several graphs, so capturing one or two does not show it.
+GRAPH_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +60,14 @@ class StepGraphs:
     sample: torch.cuda.CUDAGraph
 
 
+@dataclass(frozen=True, slots=True)
+class ChunkGraph:
+    forward: torch.cuda.CUDAGraph
+    hidden: Tensor  # [tokens, hidden], there until another step's graph runs: see `borrow`
+
+
 class CudaRunner(ModelRunner):
-    """capture: decode steps are replayed from graphs, which `warm_up` makes."""
+    """capture: steps are replayed from graphs: decodes alone from the start, others from the third of a shape on."""
 
     logit_rows = 1024  # at once: 594 MiB for 151,936 ids
 
@@ -75,6 +82,8 @@ class CudaRunner(ModelRunner):
         self.capture = capture
         self.buckets = bucket_ladder(min(max_chunks, self.logit_rows))
         self.graphs: dict[int, StepGraphs] = {}
+        self.chunk_shapes = chunk_shapes(max_tokens, max_chunks)
+        self.chunk_graphs: dict[StepShape, ChunkGraph | None] = {}  # None: such a step has run once
         self.pool = torch.cuda.graph_pool_handle()
         self.stream, self.copy_stream = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self.stream.wait_stream(torch.cuda.current_stream(device))  # what was just filled there is used here
@@ -118,10 +127,31 @@ class CudaRunner(ModelRunner):
             if special is not None:
                 special.after(self.sampled[:bucket])
             return
-        batch = self.batch(StepShape(bucket, bucket, bucket) if bucket else shape)
-        hidden = self._forward(batch)
+        if bucket:
+            shape = StepShape(bucket, bucket, bucket)
+            hidden = self._forward(self.batch(shape))
+        else:
+            hidden = self._run_chunks(shape)
         self.stream.wait_stream(self.copy_stream)
-        self.sample(batch, hidden, special)
+        self.sample(self.batch(shape), hidden, special)
+
+    def _run_chunks(self, shape: StepShape) -> Tensor:
+        """Hidden states of a step that is not of decodes alone, with rows of padding behind them."""
+        rounded = self._rounded(shape)
+        if rounded is None:
+            return self._forward(self.batch(shape))
+        if rounded not in self.chunk_graphs or not self.capture:
+            self.chunk_graphs[rounded] = None
+            return self._forward(self.batch(rounded))
+        graph = self.chunk_graphs[rounded] or self._capture_chunks(rounded)
+        graph.forward.replay()
+        return graph.hidden
+
+    def _rounded(self, shape: StepShape) -> StepShape | None:
+        """The smallest of `chunk_shapes` that has room for it; None: it is larger than they are."""
+        tokens, chunks = shape.num_tokens, shape.num_chunks
+        room = (each for each in self.chunk_shapes if each.num_tokens >= tokens and each.num_chunks >= chunks)
+        return next(room, None)
 
     def _bucket(self, shape: StepShape) -> int:
         """The number of requests that a step of decodes alone is rounded up to; 0: it has another shape."""
@@ -140,6 +170,8 @@ class CudaRunner(ModelRunner):
         of the time of a workload that uses all of them once.
         """
         began = time.perf_counter()
+        if self.capture:
+            self.capture_chunks(self.chunk_shapes[-1])
         for bucket in reversed(self.buckets if self.capture else []):
             self.capture_step(bucket)
         if self.graphs:
@@ -153,6 +185,19 @@ class CudaRunner(ModelRunner):
             batch = self.batch(StepShape(bucket, bucket, bucket))
             self.sample(batch, self._forward(batch))
             self.graphs[bucket] = self._capture(batch)
+
+    def capture_chunks(self, shape: StepShape) -> None:
+        """The same for a step with a prompt's chunk."""
+        with torch.inference_mode(), torch.cuda.stream(self.stream):
+            self.message.zero_()
+            self._forward(self.batch(shape))
+            self._capture_chunks(shape)
+
+    def _capture_chunks(self, shape: StepShape) -> ChunkGraph:
+        with self._captured() as forward:
+            hidden = self._forward(self.batch(shape))
+        graph = self.chunk_graphs[shape] = ChunkGraph(forward, borrow(hidden))
+        return graph
 
     def _capture(self, batch: Batch) -> StepGraphs:
         with self._captured() as forward:
@@ -208,10 +253,11 @@ def borrow(tensor: Tensor) -> Tensor:
     while the tensor was held, writes elsewhere. Held for longer, the logits of 30 buckets would be 30 blocks of their
     own, gigabytes; let go of, they share one. The pool itself lasts as long as its graphs.
     """
-    shape, address = tuple(tensor.shape), tensor.data_ptr()
-    memory = {"shape": shape, "strides": None, "typestr": "<f4", "data": (address, False), "version": 2}
-    assert tensor.dtype == torch.float32 and tensor.is_contiguous()
-    return torch.as_tensor(SimpleNamespace(__cuda_array_interface__=memory), device=tensor.device)
+    assert tensor.is_contiguous()
+    shape, address = (*tensor.shape[:-1], tensor.shape[-1] * tensor.itemsize), tensor.data_ptr()
+    memory = {"shape": shape, "strides": None, "typestr": "|u1", "data": (address, False), "version": 2}
+    bytes_ = torch.as_tensor(SimpleNamespace(__cuda_array_interface__=memory), device=tensor.device)
+    return bytes_.view(tensor.dtype)
 
 
 def make_runner(
@@ -232,7 +278,7 @@ def make_runner(
 def measure_step_bytes(runner: ModelRunner, max_tokens: int, max_model_len: int) -> int:
     """GPU memory that the largest steps of their kinds and all captured ones take and keep, in bytes."""
     assert isinstance(runner, CudaRunner)
-    left = [torch.cuda.mem_get_info()[0]]
+    before = torch.cuda.mem_get_info()[0]
     length = min(max_tokens, max_model_len - 1)
     plain = SamplingParams()
     told = SamplingParams(logprobs=0, prompt_logprobs=0, repetition_penalty=2.0)  # of logits that change: they are kept
@@ -242,15 +288,15 @@ def measure_step_bytes(runner: ModelRunner, max_tokens: int, max_model_len: int)
         ([min(length, PROMPT_ROWS + 1)], told),
     ):
         runner.launch(_lone_step(lengths, params, runner.block_size)).tokens()
-    graphs = runner.buckets[::-1][:2] if runner.capture else []
-    for bucket in graphs:
-        runner.capture_step(bucket)
+    graphs = 0
+    if runner.capture:  # the tensors of all others lie where those of the largest do
+        for shape in reversed(runner.chunk_shapes[-2:]):
+            runner.capture_chunks(shape)
+        for bucket in reversed(runner.buckets[-2:]):
+            runner.capture_step(bucket)
         torch.cuda.synchronize()
-        left.append(torch.cuda.mem_get_info()[0])
-    if not graphs:
-        return left[0] - torch.cuda.mem_get_info()[0]
-    # The second one's tensors lie where the largest one's did, so it shows what a graph itself takes.
-    return left[0] - left[-1] + (len(runner.buckets) - len(graphs)) * (left[-2] - left[-1])
+        graphs = len(runner.chunk_shapes) + len(runner.buckets)
+    return before - torch.cuda.mem_get_info()[0] + graphs * GRAPH_BYTES
 
 
 def _lone_step(lengths: list[int], params: SamplingParams, block_size: int) -> Step:
