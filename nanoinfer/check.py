@@ -198,9 +198,13 @@ EXAMPLES: dict[str, Callable[[], Arguments]] = {
         "bias": torch.randn(8),
         "float_out": False,
     },
+    "thin_gated_linear": lambda: {
+        "x": torch.randn(3, 64),
+        "weight": torch.randn(24, 64) / 8,  # sums of about 1, as the tolerance expects
+    },
     "tile_linear": lambda: {
         "x": torch.randn(20, 64),
-        "weight": torch.randn(48, 64) / 8,  # sums of about 1, as the tolerance expects
+        "weight": torch.randn(48, 64) / 8,
         "bias": torch.randn(48),
         "gated": False,
         "cols": 40,

@@ -34,6 +34,7 @@ SCHEMAS = {
     "paged_attention": "(Tensor q, Tensor kv, Tensor q_starts, Tensor kv_lens, Tensor rows, Tensor block_tables, "
     "float scale, int window, bool tables_ready=False) -> Tensor",
     "thin_linear": "(Tensor x, Tensor weight, Tensor? bias, bool float_out) -> Tensor",
+    "thin_gated_linear": "(Tensor x, Tensor weight) -> Tensor",
     "tile_linear": "(Tensor x, Tensor weight, Tensor? bias, bool gated, int cols, int tiles, int split, int blocks) "
     "-> Tensor",
     "tall_gated_linear": "(Tensor x, Tensor weight, int cols, int down, int across, int band) -> Tensor",
@@ -52,14 +53,15 @@ FAKES: dict[str, Callable[..., Tensor]] = {
     "thin_linear": lambda x, weight, bias, float_out: x.new_empty(
         (x.shape[0], weight.shape[0]), dtype=torch.float32 if float_out else x.dtype
     ),
+    "thin_gated_linear": lambda x, weight: x.new_empty((x.shape[0], weight.shape[0] // 2)),
     "tile_linear": lambda x, weight, bias, gated, *plan: x.new_empty((x.shape[0], weight.shape[0] // (1 + gated))),
     "tall_gated_linear": lambda x, weight, *cut: x.new_empty((x.shape[0], weight.shape[0] // 2)),
     "tell_logprobs": lambda logits, rows, tokens, vocab_size, count: tokens.new_empty((len(tokens), 3 + 2 * count)),
 }
 
-# Most rows that `thin_linear` takes. On two AVX-512 cores a 4864 x 896 bf16 layer takes 234, 357 and 668 us for 1, 8
-# and 16 rows, torch's linear 535, 520 and 543. Sixteen all the same: what it computes for a row does not depend on how
-# many run beside it, which the library does not promise.
+# Most rows that `thin_linear` and `thin_gated_linear` take. On two AVX-512 cores a 4864 x 896 bf16 layer takes 234, 357
+# and 668 us for 1, 8 and 16 rows, torch's linear 535, 520 and 543. Sixteen all the same: what it computes for a row
+# does not depend on how many run beside it, which the library does not promise.
 THIN_ROWS = 16
 TALL_ROWS = 256  # `tall_gated_linear` is for more, and for some fewer: see tiles.py
 FEW = 32  # most ids for which `tell_logprobs` has a kernel
@@ -108,8 +110,9 @@ _ops = torch.ops.nanoinfer
 
 def missing_kernels(device: str) -> list[str]:
     """Ops that run on plain torch where `device`, "CPU" or "CUDA", calls them, and would do better."""
-    # Two are for GPUs; the third is a few passes over memory, whose work torch shares out well.
-    unused = {"CPU": {"tile_linear", "tall_gated_linear", "tell_logprobs"}}.get(device, set())
+    # Three are for GPUs; the fourth is a few passes over memory, whose work torch shares out well.
+    for_gpus = {"thin_gated_linear", "tile_linear", "tall_gated_linear"}
+    unused = {"CPU": for_gpus | {"tell_logprobs"}}.get(device, set())
     return sorted(name for name in SCHEMAS if (name, device) not in COMPILED and name not in unused)
 
 
@@ -202,6 +205,11 @@ def thin_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, float_out
     return _ops.thin_linear(x, weight, bias, float_out)  # type: ignore[no-any-return]
 
 
+def thin_gated_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """silu_and_mul(thin_linear(x, weight)), bit for bit. x [M, K], M <= THIN_ROWS; weight [2 N, K], gates first."""
+    return _ops.thin_gated_linear(x, weight)  # type: ignore[no-any-return]
+
+
 def tile_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool, cols: int, tiles: int, split: int, blocks: int
 ) -> Tensor:
@@ -246,10 +254,14 @@ def tall_tiles(x: Tensor, weight: Tensor) -> GatedTiles | None:
     return gated_tiles(outputs // 2, rows) if rows > TALL_ROWS else measured_tall(outputs, inputs, rows)
 
 
+def takes_thin(op: str, x: Tensor) -> bool:
+    """Whether x has so few rows that `op` is for it, `thin_linear` or `thin_gated_linear`, and there is a kernel."""
+    return x.shape[0] <= THIN_ROWS and x.dtype in HALVES and (op, x.device.type.upper()) in COMPILED
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, float_out: bool = False) -> Tensor:
     """`thin_linear` or `tile_linear` where faster, the library's matrix product elsewhere. x [M, K] -> [M, N]."""
-    thin = x.shape[0] <= THIN_ROWS and x.dtype in HALVES
-    if thin and ("thin_linear", x.device.type.upper()) in COMPILED:
+    if takes_thin("thin_linear", x):
         return thin_linear(x, weight, bias, float_out)
     if not float_out and (tiles := best_tiles(x, weight)):
         return tile_linear(x, weight, bias, False, *tiles)
@@ -261,7 +273,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, float_out: boo
 
 def gated_linear(x: Tensor, weight: Tensor) -> Tensor:
     """silu_and_mul(linear(x, weight)), as one kernel where that is faster. x [M, K], weight [2 N, K] -> [M, N]."""
-    if x.shape[0] > THIN_ROWS and (tiles := best_tiles(x, weight, gated=True)):
+    if takes_thin("thin_gated_linear", x):
+        return thin_gated_linear(x, weight)
+    if tiles := best_tiles(x, weight, gated=True):
         return tile_linear(x, weight, None, True, *tiles)
     if cut := tall_tiles(x, weight):
         return tall_gated_linear(x, weight, *cut)

@@ -152,6 +152,10 @@ def thin_linear(x: Tensor, weight: Tensor, bias: Tensor | None, float_out: bool)
     return out if float_out else out.to(x.dtype)
 
 
+def thin_gated_linear(x: Tensor, weight: Tensor) -> Tensor:
+    return silu_and_mul(thin_linear(x, weight, None, False))
+
+
 def tile_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool, cols: int, tiles: int, split: int, blocks: int
 ) -> Tensor:
@@ -160,7 +164,7 @@ def tile_linear(
 
 
 def tall_gated_linear(x: Tensor, weight: Tensor, cols: int, down: int, across: int, band: int) -> Tensor:
-    return silu_and_mul(thin_linear(x, weight, None, False))
+    return thin_gated_linear(x, weight)
 
 
 def penalize(

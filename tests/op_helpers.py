@@ -1,5 +1,7 @@
 """What the kernels' tests share: the yardstick for errors, memory with a red zone, rows of requests."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,21 @@ def assert_error(got: Tensor, plain: Tensor, truth: Tensor) -> None:
 def bits(tensor: Tensor) -> Tensor:
     """The tensor as integers, so that NaN equals itself and -0 differs from 0."""
     return tensor.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize])
+
+
+def assert_waits(chain: Callable[[Callable[[], None]], Tensor], replays: int) -> None:
+    """A captured chain of kernels that overlap gives what it gives with a halt after each.
+
+    chain(after) calls `after` behind each of its kernels; its result is a new tensor.
+    """
+    expected = chain(torch.cuda.synchronize)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = chain(lambda: None)
+    for _ in range(replays):
+        out.zero_()
+        graph.replay()
+        assert torch.equal(bits(out), bits(expected))
 
 
 class RedZone:

@@ -56,7 +56,9 @@ def linear() -> int:
             x, weight, bias = make(rows, 200, 136, dtype, "cuda")
             assert_error(ops.thin_linear(x, weight, bias), reference.thin_linear(x, weight, bias, False),
                          reference.thin_linear(x.double(), weight.double(), bias.double(), False))  # fmt: skip
-            count += 1
+            assert_error(ops.thin_gated_linear(x, weight), reference.thin_gated_linear(x, weight),
+                         reference.thin_gated_linear(x.double(), weight.double()))  # fmt: skip
+            count += 2
         for gated, cut in [(False, cut) for cut in PLAIN_CUTS] + [(True, cut) for cut in TILE_GATED_CUTS]:
             x, weight, bias = make(70, 208, 600, dtype, "cuda")
             bias = None if gated else bias

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from op_helpers import RedZone, bits, make_rows
+from op_helpers import RedZone, assert_waits, bits, make_rows
 from test_ops import REFUSED, argument_names
 from torch import Tensor
 
@@ -245,14 +245,7 @@ def test_kernels_that_overlap_wait_for_what_they_read() -> None:
             after()
         return torch.cat((h, residual))
 
-    expected = chain(torch.cuda.synchronize)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = chain(lambda: None)
-    for _ in range(50):
-        out.zero_()
-        graph.replay()
-        assert torch.equal(bits(out), bits(expected))
+    assert_waits(chain, replays=50)
 
 
 BEYOND = 2**31 + 2**20  # elements, more than 32 bits count

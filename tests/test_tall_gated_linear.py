@@ -1,8 +1,10 @@
 """tall_gated_linear: as exact as its two halves, the same bits however it is cut, and `gated_linear` takes it."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from op_helpers import assert_error, bits
+from op_helpers import assert_error, assert_waits, bits
 from test_thin_linear import make, poisoned
 from torch import Tensor
 
@@ -85,23 +87,16 @@ def test_waits_for_what_it_reads(device: str) -> None:
     x, scale = torch.randn(rows, dim, device=device).bfloat16(), torch.ones(dim, device=device).bfloat16()
     _, up, _ = make(1, 2 * dim, dim, torch.bfloat16, device)
 
-    def chain(halt: bool) -> Tensor:
+    def chain(after: Callable[[], None]) -> Tensor:
         h, residual = x, torch.zeros_like(x)
         for i in range(20):
             h = ops.add_rms_norm(h, residual, scale, 1e-6)
-            torch.cuda.synchronize() if halt else None
+            after()
             h = ops.tall_gated_linear(h * 1 if i % 3 == 0 else h, up, *CUTS[i % len(CUTS)])
-            torch.cuda.synchronize() if halt else None
+            after()
         return torch.cat((h, residual))
 
-    expected = chain(halt=True)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = chain(halt=False)
-    for _ in range(30):
-        out.zero_()
-        graph.replay()
-        assert torch.equal(bits(out), bits(expected))
+    assert_waits(chain, replays=30)
 
 
 def test_empty_sizes(device: str) -> None:

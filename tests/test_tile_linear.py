@@ -1,10 +1,11 @@
 """tile_linear: exact enough however it is cut, a row depends on itself alone, and `linear` follows its table."""
 
+from collections.abc import Callable
 from itertools import pairwise, product
 
 import pytest
 import torch
-from op_helpers import assert_error, bits
+from op_helpers import assert_error, assert_waits
 from test_thin_linear import make, poisoned
 from torch import Tensor
 
@@ -99,25 +100,18 @@ def test_waits_for_what_it_reads(device: str) -> None:
     _, up, _ = make(1, 4 * dim, dim, torch.bfloat16, device)
     _, down, _ = make(2, dim, 2 * dim, torch.bfloat16, device)
 
-    def chain(halt: bool) -> Tensor:
+    def chain(after: Callable[[], None]) -> Tensor:
         h, residual = x, torch.zeros_like(x)
         for i in range(30):
             h = ops.add_rms_norm(h, residual, scale, 1e-6)
-            torch.cuda.synchronize() if halt else None
+            after()
             h = ops.tile_linear(h * 1 if i % 3 == 0 else h, up, None, True, 80, 1, 1, 2)  # or after a foreign kernel
-            torch.cuda.synchronize() if halt else None
+            after()
             h = ops.tile_linear(h, down, None, False, 56, 1, 4, 1)
-            torch.cuda.synchronize() if halt else None
+            after()
         return torch.cat((h, residual))
 
-    expected = chain(halt=True)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = chain(halt=False)
-    for _ in range(50):
-        out.zero_()
-        graph.replay()
-        assert torch.equal(bits(out), bits(expected))
+    assert_waits(chain, replays=50)
 
 
 def test_empty_sizes(device: str) -> None:

@@ -15,6 +15,8 @@ struct SiluAndMul {
 
 constexpr int kSiluThreads = 256;
 
+__device__ inline float swiglu(float gate, float up) { return gate / (1.f + expf(-gate)) * up; }
+
 // kVec: numbers a thread takes at a time. Rows are blockIdx.y, and every gridDim.y-th after that.
 template <typename T, int kVec>
 __global__ void __launch_bounds__(kSiluThreads) silu_and_mul_kernel(const __grid_constant__ SiluAndMul p) {
@@ -26,10 +28,7 @@ __global__ void __launch_bounds__(kSiluThreads) silu_and_mul_kernel(const __grid
         const T* x = static_cast<const T*>(p.x) + row * p.x_stride + i;
         const Vec<T, kVec> gates = load<T, kVec>(x), ups = load<T, kVec>(x + p.dim);
         Vec<T, kVec> out;
-        for (int j = 0; j < kVec; ++j) {
-            const float gate = to_float(gates.at[j]);
-            out.at[j] = from_float<T>(gate / (1.f + expf(-gate)) * to_float(ups.at[j]));
-        }
+        for (int j = 0; j < kVec; ++j) out.at[j] = from_float<T>(swiglu(to_float(gates.at[j]), to_float(ups.at[j])));
         store(static_cast<T*>(p.out) + row * p.dim + i, out);
     }
 }

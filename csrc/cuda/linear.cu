@@ -13,10 +13,19 @@ void check(const char* op, const Tensor& x, const Tensor& weight, const std::opt
     if (bias) Want(op, "bias", *bias).dtype(x.scalar_type()).shape({weight.size(0)}).dense(0).same_device(x);
 }
 
+void check_gates(const char* op, const Tensor& weight) {
+    require(weight.size(0) % 2 == 0, op, ": weight must have an even number of rows, got ", weight.size(0));
+}
+
+void check_thin(const char* op, const Tensor& x) {
+    require(x.size(0) <= cuda::kThinRows, op, ": x must have at most ", cuda::kThinRows, " rows, got ", x.size(0));
+}
+
 // Any number of rows, kThinRows at a time.
 Tensor by_thin_rows(const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                    bool float_out) {
-    Tensor out = empty({x.size(0), weight.size(0)}, x, float_out ? ScalarType::Float : x.scalar_type());
+                    bool float_out, bool gated = false) {
+    const int64_t out_dim = gated ? weight.size(0) / 2 : weight.size(0);
+    Tensor out = empty({x.size(0), out_dim}, x, float_out ? ScalarType::Float : x.scalar_type());
     const cuda::ThinLinear params = {
         .x = x.data_ptr(),
         .weight = weight.data_ptr(),
@@ -24,10 +33,11 @@ Tensor by_thin_rows(const char* op, const Tensor& x, const Tensor& weight, const
         .out = out.data_ptr(),
         .rows = int(x.size(0)),
         .dim = x.size(1),
-        .out_dim = weight.size(0),
+        .out_dim = out_dim,
         .x_stride = x.stride(0),
         .weight_stride = weight.stride(0),
         .float_out = float_out,
+        .gated = gated,
     };
     with_type(x, [&](auto number) { launch(op, x, cuda::thin_linears<decltype(number)>, params); });
     return out;
@@ -35,9 +45,28 @@ Tensor by_thin_rows(const char* op, const Tensor& x, const Tensor& weight, const
 
 Tensor thin_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool float_out) {
     check("thin_linear", x, weight, bias);
-    require(x.size(0) <= cuda::kThinRows, "thin_linear: x must have at most ", cuda::kThinRows, " rows, got ",
-            x.size(0));
+    check_thin("thin_linear", x);
     return by_thin_rows("thin_linear", x, weight, bias, float_out);
+}
+
+Tensor silu_and_mul(const char* op, const Tensor& x) {
+    Tensor out = empty({x.size(0), x.size(1) / 2}, x);
+    const cuda::SiluAndMul params = {x.data_ptr(), out.data_ptr(), out.size(0), out.size(1), x.stride(0)};
+    with_type(x, [&](auto number) { launch(op, x, cuda::silu_and_mul<decltype(number)>, params); });
+    return out;
+}
+
+Tensor gated_by_thin_rows(const char* op, const Tensor& x, const Tensor& weight) {
+    if (x.scalar_type() != ScalarType::Float) return by_thin_rows(op, x, weight, std::nullopt, false, true);
+    return silu_and_mul(op, by_thin_rows(op, x, weight, std::nullopt, false));
+}
+
+Tensor thin_gated_linear(const Tensor& x, const Tensor& weight) {
+    const char* op = "thin_gated_linear";
+    check(op, x, weight, std::nullopt);
+    check_gates(op, weight);
+    check_thin(op, x);
+    return gated_by_thin_rows(op, x, weight);
 }
 
 void check_tiles(const cuda::TileLinear& p, bool bias) {
@@ -64,13 +93,6 @@ bool has_tiles(const Tensor& on) {
     return cuda::has_tiles();
 }
 
-Tensor silu_and_mul(const char* op, const Tensor& x) {
-    Tensor out = empty({x.size(0), x.size(1) / 2}, x);
-    const cuda::SiluAndMul params = {x.data_ptr(), out.data_ptr(), out.size(0), out.size(1), x.stride(0)};
-    with_type(x, [&](auto number) { launch(op, x, cuda::silu_and_mul<decltype(number)>, params); });
-    return out;
-}
-
 Tensor tile_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool gated, int64_t cols,
                    int64_t tiles, int64_t split, int64_t blocks) {
     const char* op = "tile_linear";
@@ -93,8 +115,7 @@ Tensor tile_linear(const Tensor& x, const Tensor& weight, const std::optional<Te
     };
     check_tiles(params, bias.has_value());
     if (x.scalar_type() == ScalarType::Float || !cuda::tiles_fit(params) || !has_tiles(x)) {
-        const Tensor wide = by_thin_rows(op, x, weight, bias, false);
-        return gated ? silu_and_mul(op, wide) : wide;
+        return gated ? gated_by_thin_rows(op, x, weight) : by_thin_rows(op, x, weight, bias, false);
     }
     Tensor out = empty({x.size(0), gated ? weight.size(0) / 2 : weight.size(0)}, x);
     params.out = out.data_ptr();
@@ -103,9 +124,8 @@ Tensor tile_linear(const Tensor& x, const Tensor& weight, const std::optional<Te
     return out;
 }
 
-void check_gated(const cuda::GatedLinear& p, int64_t weight_rows) {
+void check_gated(const cuda::GatedLinear& p) {
     const char* op = "tall_gated_linear";
-    require(weight_rows % 2 == 0, op, ": weight must have an even number of rows, got ", weight_rows);
     const int c = p.cols;
     require(c == 128 || c == 160 || c == 192 || c == 224 || c == 256, op,
             ": cols must be 128, 160, 192, 224 or 256, got ", c);
@@ -118,6 +138,7 @@ Tensor tall_gated_linear(const Tensor& x, const Tensor& weight, int64_t cols, in
                          int64_t band) {
     const char* op = "tall_gated_linear";
     check(op, x, weight, std::nullopt);
+    check_gates(op, weight);
     cuda::GatedLinear params = {
         .x = x.data_ptr(),
         .weight = weight.data_ptr(),
@@ -132,9 +153,9 @@ Tensor tall_gated_linear(const Tensor& x, const Tensor& weight, int64_t cols, in
         .across = int(across),
         .band = int(band),
     };
-    check_gated(params, weight.size(0));
+    check_gated(params);
     if (x.scalar_type() == ScalarType::Float || !cuda::gated_fits(params) || !has_tiles(x)) {
-        return silu_and_mul(op, by_thin_rows(op, x, weight, std::nullopt, false));
+        return gated_by_thin_rows(op, x, weight);
     }
     Tensor out = empty({x.size(0), params.out_dim}, x);
     params.out = out.data_ptr();
@@ -147,6 +168,7 @@ Tensor tall_gated_linear(const Tensor& x, const Tensor& weight, int64_t cols, in
 
 STABLE_TORCH_LIBRARY_IMPL(nanoinfer, CUDA, m) {
     m.impl("thin_linear", TORCH_BOX(&thin_linear));
+    m.impl("thin_gated_linear", TORCH_BOX(&thin_gated_linear));
     m.impl("tile_linear", TORCH_BOX(&tile_linear));
     m.impl("tall_gated_linear", TORCH_BOX(&tall_gated_linear));
     m.impl("has_tiles", TORCH_BOX(&has_tiles));

@@ -8,6 +8,9 @@
 // one multiplication, the last four those of another: everything goes from memory to registers as it lies, 16 bytes a
 // load.
 //
+// Gated, a block multiplies 8 gate rows of the weights and their 8 up rows, and writes silu(gate) * up of the sums,
+// both rounded before: bit for bit what thin_linear and silu_and_mul give one after the other.
+//
 // A Qwen2 layer's eight ops besides attention, one captured after the other, us a layer on an H200, bf16, with these
 // products / with cuBLAS's:
 //   rows      0.5B           1.5B             7B
@@ -18,6 +21,7 @@
 //
 // Floats, which only tests and reference runs use, take plain multiplications, a warp for each weight row.
 
+#include "activation.cuh"
 #include "launch.cuh"
 #include "vec.cuh"
 
@@ -25,12 +29,13 @@ namespace nanoinfer::cuda {
 
 struct ThinLinear {
     const void* x;       // [rows, dim], rows x_stride apart
-    const void* weight;  // [out_dim, dim], rows weight_stride apart
+    const void* weight;  // [out_dim, dim], rows weight_stride apart; gated: the gates' rows, then as many for ups
     const void* bias;    // [out_dim]; null: none
     void* out;           // [rows, out_dim], of x's dtype, or float where float_out
     int rows;            // at most kThinRows
     int64_t dim, out_dim, x_stride, weight_stride;
     bool float_out;
+    bool gated;    // neither with a bias nor with float_out, and not for floats
     int prefetch;  // first numbers of each weight row that a block asks for before it waits; the launcher sets it
 };
 
@@ -43,7 +48,8 @@ constexpr int kMaxSplit = 16;
 constexpr int kLoads = 8;
 
 // How a launch cuts the weights: a block has `cols` x 8 weight rows, of which its `split` warps take turns along k. The
-// split decides the order of additions, and so depends on the weights' shape alone.
+// split decides the order of additions, and so depends on the weights' shape alone. More than 8 rows of x, and gated
+// weights, take 2 columns whatever the plan.
 struct ThinPlan {
     int cols, split;
 };
@@ -86,10 +92,20 @@ __device__ inline uint4 load_eight(const uint16_t* row, int k, int dim) {
     }
 }
 
-// The sums of kCols x 8 weight rows from `col` on with all rows of x, along slices `slice`, slice + split, ... of k.
-// kBoth: x has more than 8 rows. Rows that are not there are read as the last one that is: their sums go nowhere.
-template <typename T, int kCols, bool kBoth, bool kAligned>
-__device__ inline void multiply(const ThinLinear& p, int64_t col, int slice, int split, float (&sums)[kCols][4]) {
+// The weight row that is number `i` of a block's: gated, the second 8 are the ups of the first. Rows that are not there
+// are read as the last one that is: their sums go nowhere.
+template <int kCols, bool kGated>
+__device__ inline int64_t weight_row(const ThinLinear& p, int i) {
+    if constexpr (kGated) {
+        return min(int64_t(blockIdx.x) * kTileCols + i % kTileCols, p.out_dim - 1) + i / kTileCols * p.out_dim;
+    }
+    return min(int64_t(blockIdx.x) * kCols * kTileCols + i, p.out_dim - 1);
+}
+
+// The sums of the block's kCols x 8 weight rows with all rows of x, along slices `slice`, slice + split, ... of k.
+// kBoth: x has more than 8 rows. Those that are not there are, again, read as the last one that is.
+template <typename T, int kCols, bool kBoth, bool kAligned, bool kGated>
+__device__ inline void multiply(const ThinLinear& p, int slice, int split, float (&sums)[kCols][4]) {
     // In an mma's registers, lane 4 g + t holds numbers of x's rows g and g + 8 and of the weights' row g.
     constexpr int kAhead = kAligned ? kLoads / kCols : 1;  // slices at once
     const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4, last = p.rows - 1;
@@ -98,7 +114,7 @@ __device__ inline void multiply(const ThinLinear& p, int64_t col, int slice, int
     const uint16_t* high = static_cast<const uint16_t*>(p.x) + min(g + 8, last) * p.x_stride;
     const uint16_t* weight[kCols];
     for (int c = 0; c < kCols; ++c) {
-        const int64_t row = min(col + c * kTileCols + g, p.out_dim - 1);
+        const int64_t row = weight_row<kCols, kGated>(p, c * kTileCols + g);
         weight[c] = static_cast<const uint16_t*>(p.weight) + row * p.weight_stride;
     }
     // All lanes go on while one has numbers left, as an mma needs the whole warp.
@@ -141,20 +157,25 @@ __device__ inline void prefetch_row(const ThinLinear& p, int64_t row) {
 #endif
 }
 
-// Block b has weight rows b * kCols * 8 and on. kCols: times 8 weight rows, that a warp takes with one load of x. At
-// most 128 registers a thread, as the largest block needs; or the compiler saves registers, and has fewer loads under
-// way.
-template <typename T, int kCols, bool kBoth, bool kAligned>
+// A result's parts from all warps, added in the order of k.
+__device__ inline float add_parts(const float* parts, int apart, int split) {
+    float sum = parts[0];
+    for (int part = 1; part < split; ++part) sum += parts[part * apart];
+    return sum;
+}
+
+// kCols: times 8 weight rows, that a warp takes with one load of x. At most 128 registers a thread, as the largest
+// block needs; or the compiler saves registers, and has fewer loads under way.
+template <typename T, int kCols, bool kBoth, bool kAligned, bool kGated>
 __global__ void __launch_bounds__(kMaxSplit* kWarp, 1) thin_linear_kernel(const __grid_constant__ ThinLinear p) {
-    constexpr int kTile = kCols * kTileCols;
-    extern __shared__ float partial[];  // [split, kThinRows, kTile]
+    constexpr int kTile = kCols * kTileCols, kWide = kGated ? kTileCols : kTile;  // sums of a row, results
+    extern __shared__ float partial[];                                            // [split, kThinRows, kTile]
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, split = blockDim.x / kWarp;
-    const int64_t first = int64_t(blockIdx.x) * kTile;
     let_next_kernel_start();
-    if (p.prefetch && threadIdx.x < kTile && first + threadIdx.x < p.out_dim) prefetch_row(p, first + threadIdx.x);
+    if (p.prefetch && threadIdx.x < kTile) prefetch_row(p, weight_row<kCols, kGated>(p, threadIdx.x));
     wait_for_earlier_kernels();
     float sums[kCols][4] = {};
-    multiply<T, kCols, kBoth, kAligned>(p, first, warp, split, sums);
+    multiply<T, kCols, kBoth, kAligned, kGated>(p, warp, split, sums);
     for (int c = 0; c < kCols; ++c) {
         for (int i = 0; i < 4; ++i) {
             const int row = lane / 4 + i / 2 * 8, col = c * kTileCols + lane % 4 * 2 + i % 2;
@@ -162,12 +183,17 @@ __global__ void __launch_bounds__(kMaxSplit* kWarp, 1) thin_linear_kernel(const 
         }
     }
     __syncthreads();  // the sums of all warps are there
-    for (int i = threadIdx.x; i < p.rows * kTile; i += blockDim.x) {
-        const int64_t col = first + i % kTile;
+    for (int i = threadIdx.x; i < p.rows * kWide; i += blockDim.x) {
+        const int row = i / kWide;
+        const int64_t col = int64_t(blockIdx.x) * kWide + i % kWide;
         if (col >= p.out_dim) continue;
-        float sum = partial[i];
-        for (int part = 1; part < split; ++part) sum += partial[part * kThinRows * kTile + i];
-        write_sum<T>(p, i / kTile, col, sum);
+        const float* parts = partial + row * kTile + i % kWide;
+        float sum = add_parts(parts, kThinRows * kTile, split);
+        if constexpr (kGated) {
+            const float up = add_parts(parts + kTileCols, kThinRows * kTile, split);
+            sum = swiglu(to_float(from_float<T>(sum)), to_float(from_float<T>(up)));
+        }
+        write_sum<T>(p, row, col, sum);
     }
 }
 
@@ -214,38 +240,40 @@ __global__ void __launch_bounds__(kFloatsThreads) thin_linear_floats_kernel(cons
     }
 }
 
-template <typename T, int kCols, bool kBoth>
+template <typename T, int kCols, bool kBoth, bool kGated = false>
 cudaError_t launch_thin_linear(const ThinLinear& p, int split, cudaStream_t stream) {
     const bool aligned =
         p.dim % kFullVec<T> == 0 && fits_vectors<T>(p.x, p.x_stride) && fits_vectors<T>(p.weight, p.weight_stride);
-    const auto kernel =
-        aligned ? thin_linear_kernel<T, kCols, kBoth, true> : thin_linear_kernel<T, kCols, kBoth, false>;
+    const auto kernel = aligned ? thin_linear_kernel<T, kCols, kBoth, true, kGated>
+                                : thin_linear_kernel<T, kCols, kBoth, false, kGated>;
     const size_t shared = split * kThinRows * kCols * kTileCols * sizeof(float);
     ThinLinear params = p;
     const int64_t ahead = kLoads / kCols * split * kSlice;  // along k: what the block's first loads cover
     params.prefetch = aligned ? int(ahead < p.dim ? ahead : p.dim) : 0;
-    return launch_kernel(kernel, dim3(ceil_div(p.out_dim, kCols * kTileCols)), split * kWarp, shared, stream, params);
+    const int64_t blocks = ceil_div(p.out_dim, kGated ? kTileCols : kCols * kTileCols);
+    return launch_kernel(kernel, dim3(blocks), split * kWarp, shared, stream, params);
 }
 
 template <typename T>
 cudaError_t launch_thin_linear(const ThinLinear& p, const ThinPlan& plan, cudaStream_t stream) {
-    if (plan.cols == 1) {
-        return p.rows > 8 ? launch_thin_linear<T, 1, true>(p, plan.split, stream)
-                          : launch_thin_linear<T, 1, false>(p, plan.split, stream);
+    if (p.gated) {
+        return p.rows > 8 ? launch_thin_linear<T, 2, true, true>(p, plan.split, stream)
+                          : launch_thin_linear<T, 2, false, true>(p, plan.split, stream);
     }
-    return p.rows > 8 ? launch_thin_linear<T, 2, true>(p, plan.split, stream)
-                      : launch_thin_linear<T, 2, false>(p, plan.split, stream);
+    if (p.rows > 8) return launch_thin_linear<T, 2, true>(p, plan.split, stream);
+    return plan.cols == 1 ? launch_thin_linear<T, 1, false>(p, plan.split, stream)
+                          : launch_thin_linear<T, 2, false>(p, plan.split, stream);
 }
 
 // The best, or within 4 % of it, of splits 1 to 16 and 1, 2 or 4 columns for each matrix of Qwen2.5 0.5B, 1.5B and 7B
 // on an H200 (132 SMs). The fewer tiles there are for an SM, the more warps have to share one to keep the memory busy;
 // where there are many, small blocks even out what the SMs get.
 inline ThinPlan plan_thin_linear(const ThinLinear& p) {
-    const int64_t tiles = ceil_div(p.out_dim, 2 * kTileCols);
-    if (tiles > 4096) return {p.rows > 8 ? 2 : 1, p.dim < 2048 ? 2 : 4};
+    const int64_t tiles = ceil_div(p.gated ? 2 * p.out_dim : p.out_dim, 2 * kTileCols);
+    if (tiles > 4096) return {1, p.dim < 2048 ? 2 : 4};
     if (tiles > 264) return {2, 4};
     if (tiles > 132 || p.dim < 1536) return {2, 8};
-    return {p.rows > 8 || tiles > 66 ? 2 : 1, kMaxSplit};
+    return {tiles > 66 ? 2 : 1, kMaxSplit};
 }
 
 template <typename T>

@@ -185,6 +185,8 @@ def _attention_cases(
 
 def _product(x: Tensor, weight: Tensor, gated: bool, wide: bool) -> str:
     """What `ops.linear` or `ops.gated_linear` takes for x and weight."""
+    if gated and ops.takes_thin("thin_gated_linear", x):
+        return "thin_gated_linear"
     if len(x) <= ops.THIN_ROWS and x.dtype in ops.HALVES:
         return "thin_linear"
     if not wide and ops.best_tiles(x, weight, gated):
