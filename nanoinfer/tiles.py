@@ -74,7 +74,9 @@ TALL: dict[tuple[int, int], tuple[tuple[range, GatedTiles], ...]] = {
     (17920, 1536): (  # 112: 5.0; 128: 5.4; 224: 3.4; 256: 3.0
         (range(97, 129), GatedTiles(160, 1, 1, 8)), (range(193, 257), GatedTiles(160, 2, 1, 8)),
     ),
-    (37888, 3584): ((range(97, 129), GatedTiles(160, 1, 1, 8)),),  # 112: 7.5; 128: 8.1
+    (37888, 3584): (  # 112: 7.5; 128: 8.1; 256: 12 in the whole model's step, which the card's power limits
+        (range(97, 129), GatedTiles(160, 1, 1, 8)), (range(193, 257), GatedTiles(192, 2, 1, 8)),
+    ),
 }  # fmt: skip
 
 

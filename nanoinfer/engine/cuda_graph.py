@@ -238,6 +238,7 @@ class CudaRunner(ModelRunner):
         with suppress(RuntimeError):  # a lost device has nothing to wait for
             self.check_device()
         self.graphs.clear()
+        self.chunk_graphs.clear()
         super().close()
         torch.cuda.empty_cache()  # for whoever asks the driver what is free, as the next engine does
 
