@@ -1,4 +1,7 @@
-"""paged_attention: exact enough, and a query's result depends on its own sequence alone."""
+"""paged_attention: exact enough, and a query's result depends on its own sequence alone.
+
+To the last bit, but for long chunks on Hopper behind many keys, which test_attention_cuda.py sees to.
+"""
 
 import itertools
 from collections.abc import Sequence

@@ -112,6 +112,7 @@ PagedAttention make_params(const Tensor& q, const Tensor& kv, const Tensor& q_st
         .scale = float(scale),
         .scale_log2 = float(scale * 1.4426950408889634),
         .tables_ready = tables_ready,
+        .parts = nullptr,
     };
 }
 
@@ -170,12 +171,15 @@ Tensor paged_attention(const Tensor& q, const Tensor& kv, const Tensor& q_starts
     if (q.numel() == 0 || kv_lens.size(0) == 0) return out;
     check_limits(q, kv, kv_lens, block_tables);
     PagedAttention p = make_params(q, kv, q_starts, kv_lens, rows, block_tables, out, scale, window, tables_ready);
-    const bool merges = q.scalar_type() != ScalarType::Float && p.max_parts > 1;
+    const bool half = q.scalar_type() != ScalarType::Float, merges = half && p.max_parts > 1;
     const int64_t parts = merges ? int64_t(p.chunks) * p.max_parts : 0;
     const Tensor partial_out = new_floats({parts, p.q_heads, q.size(2)}, q);
     const Tensor partial_sums = new_floats({parts, p.q_heads, 2}, q);
     const Tensor next_item = new_floats({1}, q);
+    const int long_parts = half ? most_parts(p, int(q.size(2))) : 0;
+    const Tensor long_sums = new_floats({long_parts, part_float4s(int(q.size(2))), 4}, q);
     p.next_item = static_cast<int*>(next_item.data_ptr());
+    p.parts = long_parts > 0 ? static_cast<float4*>(long_sums.data_ptr()) : nullptr;
     p.partial_out = static_cast<float*>(partial_out.data_ptr());
     p.partial_sums = static_cast<float2*>(partial_sums.data_ptr());
     const cudaError_t error = attend(q.scalar_type(), q.size(2), p, current_stream(device));

@@ -2,15 +2,19 @@
 // Attention of long chunks on Hopper (sm_90a): its asynchronous matrix products (wgmma) and bulk tensor copies
 // (FlashAttention-3, Shah et al., 2024). Items are those of attention_prefill.cuh.
 //
-// There is a block on each multiprocessor, of three warpgroups of 128 threads, which takes the next item when its last
-// one nears its end: items differ too much in length to be shared out beforehand (of four prompts of 4k, 12 heads of
-// 128, that left multiprocessors idle for a sixth of the time), or to be taken long before. One warp of the first
-// warpgroup copies tiles of keys and of values to a ring of slots in shared memory, the others find the items and copy
-// their queries; the other warpgroups each take 64 of an item's rows. While the tensor cores add up one tile's values,
-// and multiply the next one's keys, a warpgroup weighs scores, or the other one does. Tiles go through the ring in the
+// There is a block on each multiprocessor, of three warpgroups of 128 threads. One warp of the first warpgroup copies
+// tiles of keys and of values to a ring of slots in shared memory, the others find the block's items and copy their
+// queries; the other warpgroups each take 64 of an item's rows. While the tensor cores add up one tile's values, and
+// multiply the next one's keys, a warpgroup weighs scores, or the other one does. Tiles go through the ring in the
 // order in which they are used: keys 0, keys 1, values 0, keys 2, values 1, ..., the last values.
+//
+// A block takes the next item when its last one nears its end: items differ too much in length to be handed out
+// beforehand (of four prompts of 4k, 12 heads of 128, that left multiprocessors idle for a sixth of the time), or to be
+// taken long before. Where there are few items, another kernel may give the blocks equal shares of all items' keys
+// instead, see attention_hopper_items.cuh. To have one kernel for both cost steps of many items 4 to 10%.
 
-#include "attention_hopper_rows.cuh"
+#include "attention_hopper_parts.cuh"
+#include "tensor_map.cuh"
 
 namespace nanoinfer::cuda {
 
@@ -18,31 +22,18 @@ namespace nanoinfer::cuda {
 
 // Barriers of a block are numbered: 0 is __syncthreads, warpgroups 1 and 2 meet at theirs.
 constexpr int kQueryMeeting = 3;
-// An item is taken when so many tiles of keys of the one before are still to be copied. What the ring holds by then
-// keeps the tensor cores busy for 4 us, and finding an item and copying its queries takes 2.
+// A whole item is taken when so many tiles of keys of the one before are still to be copied. What the ring holds by
+// then keeps the tensor cores busy for 4 us, and finding an item and copying its queries takes 2.
 constexpr int kAhead = 2;
-
-struct HopperItem {
-    PrefillItem item;
-    int first, tiles;  // its first tile's first key; none where no row sees a key
-    bool done;         // no item: there are no more
-};
-
-template <typename Shape>
-__device__ HopperItem hopper_item(const PagedAttention& p, const Chunk& chunk, int local) {
-    const PrefillItem item = prefill_item<Shape::kRows>(p, chunk, local);
-    const int first = item.low / Shape::kKeys * Shape::kKeys;
-    return {item, first, ceil_div(larger(item.end - first, 0), Shape::kKeys), false};
-}
 
 // What a block has in shared memory beside tiles and queries.
 template <typename Shape>
 struct HopperShared {
     uint64_t full[Shape::kSlots], empty[Shape::kSlots];  // barriers of the ring
-    uint64_t wanted;  // the copying warp's word that it will soon be through with an item
+    uint64_t wanted;  // the tiles' warp's word that it will soon be through with an item; whole ones wait for it
     uint64_t found[2], queries_full[2], queries_empty[2];
     HopperItem items[2];  // with the queries
-    int numbers[2];       // theirs, among all items
+    int numbers[2];       // theirs, among all items, if these are whole
 
     __device__ void init() {
         for (int i = 0; i < Shape::kSlots; ++i) {
@@ -69,24 +60,45 @@ struct Turn {
     }
 };
 
-// Three warps: find the items, and copy their queries to two places in turn.
-template <typename T, int D>
-__device__ void copy_all_queries(const PagedAttention& p, HopperShared<HopperShape<D>>& all, uint32_t queries) {
-    using Shape = HopperShape<D>;
-    const int thread = threadIdx.x - 32;
-    Finder<prefill_items<Shape::kRows>> finder(p);
-    Turn<2> turn;
-    Turn<1> item;
-    for (bool more = true; more; turn.advance(), item.advance()) {
-        wait_barrier(shared_address(&all.wanted), item.parity ^ 1);
-        wait_barrier(shared_address(&all.queries_empty[turn.index]), turn.parity ^ 1);
-        if (thread == 0) all.numbers[turn.index] = atomicAdd(p.next_item, 1);
+// The whole items of a block, as many as it gets round to. All threads that copy queries call next(), and get the same.
+template <typename Shape>
+class WholeWalk {
+  public:
+    __device__ WholeWalk(const PagedAttention& p, HopperShared<Shape>& all, int thread)
+        : p_(p), all_(all), finder_(p), thread_(thread) {}
+
+    __device__ HopperItem next() {
+        wait_barrier(shared_address(&all_.wanted), odd_ ^ 1);  // until then another block may have it
+        int& number = all_.numbers[odd_];                      // two in turn: warps may still read the last one
+        if (thread_ == 0) number = atomicAdd(p_.next_item, 1);
         sync_threads<Shape::kQueryThreads>(kQueryMeeting);  // the number is there
-        HopperItem next = {.done = true};
+        odd_ ^= 1;
         Chunk chunk;
         int local;
-        more = finder.find(all.numbers[turn.index], chunk, local);
-        if (more) next = hopper_item<Shape>(p, chunk, local);
+        if (!finder_.find(number, chunk, local)) return {.done = true};
+        return hopper_item<Shape>(p_, chunk, local);
+    }
+
+  private:
+    const PagedAttention& p_;
+    HopperShared<Shape>& all_;
+    Finder<prefill_items<Shape::kRows>> finder_;
+    const int thread_;  // of the three warps' threads
+    int odd_ = 0;       // has the block taken an odd number of items: also the parity of `wanted`
+};
+
+// Three warps: find the items, as `walk` has them, and copy their queries to two places in turn. A place is free when
+// the other warpgroups are through with its item. By then the warp that copies tiles has read it, too: it has copied
+// the item's tiles, and where a whole item has none, it has said that it wants the next.
+template <typename T, int D, typename Walk>
+__device__ void copy_all_queries(const PagedAttention& p, Walk walk, int thread, HopperShared<HopperShape<D>>& all,
+                                 uint32_t queries) {
+    using Shape = HopperShape<D>;
+    Turn<2> turn;
+    for (bool more = true; more; turn.advance()) {
+        wait_barrier(shared_address(&all.queries_empty[turn.index]), turn.parity ^ 1);
+        const HopperItem next = walk.next();
+        more = !next.done;
         if (thread == 0) {
             all.items[turn.index] = next;
             arrive(shared_address(&all.found[turn.index]));
@@ -97,6 +109,18 @@ __device__ void copy_all_queries(const PagedAttention& p, HopperShared<HopperSha
         wait_copies<0>();
         arrive(shared_address(&all.queries_full[turn.index]));
     }
+}
+
+// Three warps: the same, of the block's share, or of whole items.
+template <typename T, int D, bool kShares>
+__device__ void find_all_queries(const PagedAttention& p, HopperShared<HopperShape<D>>& all, uint32_t queries) {
+    using Shape = HopperShape<D>;
+    const int thread = threadIdx.x - 32;
+    if constexpr (kShares) {
+        const Shares shares = share_out<Shape>(p);
+        if (shares.size > 0) return copy_all_queries<T, D>(p, ShareWalk<Shape>(p, shares), thread, all, queries);
+    }
+    copy_all_queries<T, D>(p, WholeWalk<Shape>(p, all, thread), thread, all, queries);
 }
 
 // One warp: copies all items' tiles. Lane l copies panel l / 8 of the 16 keys l % 8 of a tile.
@@ -161,7 +185,7 @@ struct TileRing {
 
 // A warpgroup's work on an item: its 64 rows, of which this warp has 16, from the item's row `own` on. `tile` has their
 // queries, and then their results. (Arrays stay in registers only as variables of one function.)
-template <typename T, int D>
+template <typename T, int D, bool kShares>
 __device__ void attend_rows(const PagedAttention& p, const HopperItem& next, int own, unsigned char* tile,
                             TileRing<HopperShape<D>>& ring) {
     constexpr int kKeys = HopperShape<D>::kKeys;
@@ -218,19 +242,18 @@ __device__ void attend_rows(const PagedAttention& p, const HopperItem& next, int
         round_weights<T, D>(rows, weights);
     }
     if (key < end) end_values(add_values(key));
+    if constexpr (kShares) {
+        if (is_part<HopperShape<D>>(next)) return store_part<D>(p, next, rows);
+    }
     add_lanes(rows);
     store_rows<T, D, 1>(p, item, rows, own, tile);
 }
 
-#endif
-
-template <typename T, int D>
-__global__ void __launch_bounds__(HopperShape<D>::kThreads, 1)
-    hopper_kernel(const __grid_constant__ PagedAttention p, const __grid_constant__ CUtensorMap map) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+// What a block of either kernel does.
+template <typename T, int D, bool kShares>
+__device__ void attend_items(const PagedAttention& p, const CUtensorMap& map, HopperShared<HopperShape<D>>& all) {
     using Shape = HopperShape<D>;
     extern __shared__ __align__(128) unsigned char shared[];
-    __shared__ HopperShared<Shape> all;
     unsigned char* slots = shared + (-shared_address(shared) & 1023);
     unsigned char* queries = slots + Shape::kSlots * Shape::kTileBytes;
     if (threadIdx.x == 0) all.init();
@@ -240,7 +263,7 @@ __global__ void __launch_bounds__(HopperShape<D>::kThreads, 1)
     if (warp < 4) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Shape::kCopyRegisters));
         if (warp == 0) copy_all_tiles<D>(p, map, all, shared_address(slots));
-        if (warp >= 1) copy_all_queries<T, D>(p, all, shared_address(queries));
+        if (warp >= 1) find_all_queries<T, D, kShares>(p, all, shared_address(queries));
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Shape::kMathRegisters));
         TileRing<Shape> ring = {all, shared_address(slots)};
@@ -249,59 +272,69 @@ __global__ void __launch_bounds__(HopperShape<D>::kThreads, 1)
             wait_barrier(shared_address(&all.queries_full[turn.index]), turn.parity);
             const HopperItem& next = all.items[turn.index];
             if (next.done) break;
-            attend_rows<T, D>(p, next, own, queries + turn.index * Shape::kQueryBytes + own * D * 2, ring);
+            attend_rows<T, D, kShares>(p, next, own, queries + turn.index * Shape::kQueryBytes + own * D * 2, ring);
             __syncwarp();  // all lanes have read the item and their rows
             if (threadIdx.x % 32 == 0) arrive(shared_address(&all.queries_empty[turn.index]));
         }
     }
+}
+
+#endif
+
+// The kernel for many items. (Not a template with kShares: ptxas orders instructions by a kernel's name as well.)
+template <typename T, int D>
+__global__ void __launch_bounds__(HopperShape<D>::kThreads, 1)
+    hopper_kernel(const __grid_constant__ PagedAttention p, const __grid_constant__ CUtensorMap map) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    __shared__ HopperShared<HopperShape<D>> all;
+    attend_items<T, D, false>(p, map, all);
 #endif
 }
 
-// The cache as rows of D numbers, copied in boxes of 16 rows and 64 columns. False where the driver cannot.
+// The kernel for few items. It starts when all earlier kernels have ended, and add_parts_kernel, which follows it,
+// takes multiprocessors as soon as blocks leave them.
 template <typename T, int D>
-bool describe_cache(const PagedAttention& p, CUtensorMap& map) {
-    using Encode = decltype(&cuTensorMapEncodeTiled);
-    static const Encode encode = [] {
-        void* found = nullptr;
-        cudaDriverEntryPointQueryResult result;
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
-        return reinterpret_cast<Encode>(found);
-    }();
-    const cuuint64_t rows = cuuint64_t(p.blocks) * 2 * p.kv_heads << p.block_bits;
-    if (!encode || rows > 0x7fffffff) return false;
-    const auto type = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-    const cuuint64_t sizes[] = {D, rows}, strides[] = {D * 2};
-    const cuuint32_t box[] = {64, 16}, steps[] = {1, 1};
-    return encode(&map, type, 2, const_cast<void*>(p.kv), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                  CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+__global__ void __launch_bounds__(HopperShape<D>::kThreads, 1)
+    shares_kernel(const __grid_constant__ PagedAttention p, const __grid_constant__ CUtensorMap map) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    let_next_kernel_start();
+    __shared__ HopperShared<HopperShape<D>> all;
+    attend_items<T, D, true>(p, map, all);
+#endif
 }
 
-// Launches the kernel where the GPU has it: `launched` says whether.
+// The cache as rows of D numbers, copied in boxes of 16 rows. False where the driver cannot.
+template <typename T, int D>
+bool describe_cache(const PagedAttention& p, CUtensorMap& map) {
+    const int64_t rows = int64_t(p.blocks) * 2 * p.kv_heads << p.block_bits;
+    return rows <= 0x7fffffff && describe_matrix<T>(map, p.kv, rows, D, D, 16);
+}
+
+// Launches the kernels where the GPU has them: `launched` says whether.
 template <typename T, int D>
 cudaError_t attend_long_hopper(const PagedAttention& p, cudaStream_t stream, bool& launched) {
     using Shape = HopperShape<D>;
-    const auto kernel = reinterpret_cast<const void*>(hopper_kernel<T, D>);
+    const bool shares = p.parts != nullptr;
+    const auto kernel = shares ? shares_kernel<T, D> : hopper_kernel<T, D>;
+    const auto function = reinterpret_cast<const void*>(kernel);
     cudaFuncAttributes compiled;
-    if (const cudaError_t error = cudaFuncGetAttributes(&compiled, kernel)) return error;
+    if (const cudaError_t error = cudaFuncGetAttributes(&compiled, function)) return error;
     CUtensorMap map;
     // Compiled for another GPU the kernel is empty, and has no barriers in shared memory.
     launched = compiled.sharedSizeBytes > 0 && describe_cache<T, D>(p, map);
     const int64_t items = prefill_tiles(p, Shape::kRows) * p.kv_heads;
     if (!launched || items == 0) return cudaSuccess;
     if (const cudaError_t error =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSharedBytes)) {
-        return error;
-    }
-    int device, processors;
-    if (const cudaError_t error = cudaGetDevice(&device)) return error;
-    if (const cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) {
+            cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSharedBytes)) {
         return error;
     }
     if (const cudaError_t error = cudaMemsetAsync(p.next_item, 0, sizeof(int), stream)) return error;
-    const unsigned blocks = unsigned(items < processors ? items : processors);
-    hopper_kernel<T, D><<<blocks, Shape::kThreads, Shape::kSharedBytes, stream>>>(p, map);
-    return cudaGetLastError();
+    const int processors = hopper_processors();
+    const unsigned blocks = unsigned(shares || items > processors ? processors : items);
+    kernel<<<blocks, Shape::kThreads, Shape::kSharedBytes, stream>>>(p, map);
+    const cudaError_t error = cudaGetLastError();
+    if (error != cudaSuccess || !shares) return error;
+    return launch_kernel(add_parts_kernel<T, D>, dim3(blocks, D / kSliceColumns), kPartThreads, 0, stream, p);
 }
 
 }  // namespace nanoinfer::cuda

@@ -30,6 +30,7 @@ struct PagedAttention {
     float scale;        // of scores before the softmax
     float scale_log2;   // scale * log2(e): in half precision, weights are powers of two
     bool tables_ready;  // may q_starts, kv_lens, rows and block_tables be read before earlier kernels have ended
+    float4* parts;      // sums of parts of long chunks' items, see attention_hopper_parts.cuh; null: items stay whole
 };
 
 constexpr unsigned kWarp = 0xffffffffu;  // all lanes take part
