@@ -1,103 +1,113 @@
-"""Every CUDA kernel on small shapes, for NVIDIA's compute-sanitizer, and its results against the definition.
+"""Every CUDA kernel on small shapes, for NVIDIA's compute-sanitizer, which sees what right results do not show.
 
     compute-sanitizer --tool memcheck --kernel-name kns=nanoinfer python tests/sanitize.py [GROUP ...]
 
-and the same with racecheck and synccheck, and with initcheck, which has to see torch's kernels as well, without
---kernel-name. Groups, all unless named: ops, attention, linear, logprobs. A run
-whose kernels did nothing would be clean as well: hence the comparison.
+and the same with racecheck (threads that do not wait for each other), synccheck (barriers that not all threads reach)
+and initcheck (memory read before it is written). Groups, all unless named: attention, long, thin, tile, gated,
+sampling, small; a process for each may run at the same time. Their cases are in kernel_cases.py. Results are compared
+with the definition all the same, and a wrong one makes the exit status 1: kernels that did nothing would please every
+tool. `--device cpu` makes the same calls there, on plain torch where an op is for GPUs alone, to try all this without a
+GPU.
+
+Each tensor is an allocation of its own, of just its size, so that overruns are seen; its numbers are made on the CPU
+and copied. So none of torch's kernels writes what ours read, and --kernel-name may leave torch's out with any tool.
+
+On a Hopper every kernel runs, in every dtype and size that it is compiled for, but one: prefill_kernel with heads of 64
+and 128, in whose place that GPU has hopper_kernel and shares_kernel. A build without these,
+TORCH_CUDA_ARCH_LIST=8.0+PTX, takes it in the groups attention and long.
 """
 
+import argparse
 import os
 import sys
+import time
+from collections.abc import Callable
+from typing import Any
 
-os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # each tensor is an allocation of its own, so overruns are seen
+if __name__ == "__main__":  # who imports this keeps torch's cache
+    os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 
 import torch
-from op_helpers import assert_error
-from test_attention import make_case
-from test_tall_gated_linear import CUTS as GATED_CUTS
-from test_thin_linear import make
+from kernel_cases import GROUPS, Case, cases_of
+from torch import Tensor
 
-from nanoinfer import check, ops, reference
+from nanoinfer import ops, reference
+from nanoinfer.check import FLOAT32_OPS
 
-HALVES = (torch.bfloat16, torch.float16)
-# Decodes with and without splits, drafts, prompts, the rest of a prompt, nothing: of so many tokens in so many.
-CHUNKS = [(1, 5), (1, 1100), (3, 40), (20, 20), (70, 150), (0, 0)]
-LAYOUTS = [(6, 2, 32), (14, 2, 64), (9, 1, 64), (4, 2, 96), (6, 2, 128), (18, 2, 128), (4, 2, 256)]
-PLAIN_CUTS = [(40, 1, 1, 1), (48, 2, 4, 2), (64, 3, 3, 1), (96, 1, 8, 1)]
-TILE_GATED_CUTS = [(80, 1, 1, 2), (144, 2, 1, 1), (160, 3, 1, 1)]
+# What an error may be, in eps: results in half precision are rounded a few times, in float32 every addition is.
+SLACK = {torch.float32: 64, torch.bfloat16: 4, torch.float16: 4}
+EXACT = FLOAT32_OPS - {"tell_logprobs"}  # every operation is defined
 
 
-def all_ops() -> int:
-    """As `python -m nanoinfer check`, in every dtype."""
-    count = 0
-    for name in check.EXAMPLES:
-        dtypes = (torch.float32,) if name in check.FLOAT32_OPS else (torch.float32, *HALVES)
-        for dtype in dtypes:
-            wrong = check.mismatch(name, "cuda", dtype)
-            assert wrong is None, f"{name} in {dtype}: {wrong}"
-            count += 1
-    return count
+def call(module: Any, case: Case, place: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """What the op of `module` writes, on the CPU: the result, and the arguments that its schema says it changes."""
+    arguments = {k: place(v) if isinstance(v, Tensor) else v for k, v in case.arguments.items()}
+    result = getattr(module, case.op)(**arguments)
+    schema = getattr(torch.ops.nanoinfer, case.op).default._schema
+    written = {a.name: arguments[a.name].cpu() for a in schema.arguments if a.alias_info and a.alias_info.is_write}
+    if case.op == "paged_attention":  # tokens that belong to no chunk are not written
+        result = result[: int(arguments["q_starts"][-1])]
+    if case.op == "tell_logprobs":
+        return told_apart(result.cpu())
+    return written if result is None else {**written, "the result": result.cpu()}
 
 
-def attention() -> int:
-    cases = [(layout, dtype) for layout in LAYOUTS for dtype in HALVES] + [((4, 2, 64), torch.float32)]
-    for layout, dtype in cases:
-        case = make_case(CHUNKS, layout, dtype, "cuda")
-        assert_error(case.attend(), case.defined(dtype), case.defined(torch.float64))
-    return len(cases)
+def told_apart(told: Tensor) -> dict[str, Tensor]:
+    """What `tell_logprobs` tells, by its kind: where log probabilities are NaN (here 1), ranks and ids may be any."""
+    logprobs = told.view(torch.float32)[:, 2::2]
+    unknown = logprobs.isnan()
+    return {
+        "ranks": told[:, 0].masked_fill(unknown[:, 0], -1), "ids": told[:, 1::2].masked_fill(unknown, -1),
+        "log probabilities": logprobs.nan_to_num(1.0),
+    }  # fmt: skip
 
 
-def linear() -> int:
-    """Sizes that fill their tiles and ones that do not."""
-    count = 0
-    for dtype in HALVES:
-        for rows in (1, 16):
-            x, weight, bias = make(rows, 200, 136, dtype, "cuda")
-            assert_error(ops.thin_linear(x, weight, bias), reference.thin_linear(x, weight, bias, False),
-                         reference.thin_linear(x.double(), weight.double(), bias.double(), False))  # fmt: skip
-            assert_error(ops.thin_gated_linear(x, weight), reference.thin_gated_linear(x, weight),
-                         reference.thin_gated_linear(x.double(), weight.double()))  # fmt: skip
-            count += 2
-        for gated, cut in [(False, cut) for cut in PLAIN_CUTS] + [(True, cut) for cut in TILE_GATED_CUTS]:
-            x, weight, bias = make(70, 208, 600, dtype, "cuda")
-            bias = None if gated else bias
-            got, plain = (tile(x, weight, bias, gated, *cut) for tile in (ops.tile_linear, reference.tile_linear))
-            x, weight, bias = (None if tensor is None else tensor.double() for tensor in (x, weight, bias))
-            assert_error(got, plain, reference.tile_linear(x, weight, bias, gated, *cut))
-            count += 1
-        for cut in GATED_CUTS:
-            x, weight, _ = make(300, 2 * 264, 200, dtype, "cuda")
-            assert_error(ops.tall_gated_linear(x, weight, *cut), reference.tall_gated_linear(x, weight, *cut),
-                         reference.tall_gated_linear(x.double(), weight.double(), *cut))  # fmt: skip
-            count += 1
-    return count
+def distance(got: Tensor, truth: Tensor, exact: bool) -> float:
+    """The largest error, in what is allowed for the number itself and for the usual one in its row."""
+    if exact or not truth.is_floating_point():
+        return 0.0 if torch.equal(got, truth) else torch.inf
+    truth = truth.double()
+    usual = truth.square().mean(-1, keepdim=True).sqrt()
+    allowed = SLACK[got.dtype] * torch.finfo(got.dtype).eps * (truth.abs() + usual)
+    return float(((got.double() - truth).abs() / allowed).max()) if got.shape == truth.shape else torch.inf
 
 
-def logprobs() -> int:
-    """One slice of a row and several, rows named and not, some ids wanted and none."""
-    count = 0
-    for vocab, wanted in ((50, 5), (9001, 5), (20_000, 32), (20_000, 0)):
-        logits = torch.randn(7, vocab + 13).cuda()
-        tokens = torch.arange(7, dtype=torch.int32).cuda()
-        for rows in (None, torch.tensor([6, 0, 3, 3, 1, 2, 5], dtype=torch.int32).cuda()):
-            got, expected = (tell(logits, rows, tokens, vocab, wanted)
-                             for tell in (ops.tell_logprobs, reference.tell_logprobs))  # fmt: skip
-            places = [0, *range(1, 3 + 2 * wanted, 2)]  # rank and ids; between them are rounded numbers
-            assert torch.equal(got[:, places], expected[:, places]), (vocab, wanted)
-            count += 1
-    return count
+def check(case: Case, device: str) -> bool:
+    """Runs a case and prints a line on it: the largest error, as a part of what is allowed. Whether it is right."""
+    same = case.op in FLOAT32_OPS
+    truth = call(reference, case, lambda t: t.clone() if same or not t.is_floating_point() else t.double())
+    begin = time.perf_counter()
+    got = call(ops, case, lambda t: t.to(device, copy=True))
+    seconds = time.perf_counter() - begin
+    errors = {name: distance(got[name], truth[name], case.op in EXACT) for name in truth}
+    wrong = [name for name, error in errors.items() if not error <= 1]  # NaN is wrong as well
+    verdict = f"WRONG: {', '.join(wrong)}" if wrong else "ok"
+    print(f"{case.op:<17} {case.label:<48} {max(errors.values()):4.2f} {seconds:6.2f} s  {verdict}", flush=True)
+    return not wrong
 
 
-GROUPS = {"ops": all_ops, "attention": attention, "linear": linear, "logprobs": logprobs}
+def refuse_without_kernels(device: str) -> None:
+    """Plain torch in place of a kernel would pass, and prove nothing."""
+    if device == "cuda" and not torch.cuda.is_available():
+        sys.exit("sanitize.py: there is no CUDA device; --device cpu makes the same calls on the CPU")
+    if missing := ops.missing_kernels(device.upper()):
+        sys.exit(f"sanitize.py: nanoinfer is built without kernels for {device} of {', '.join(missing)}")
+    if device == "cuda" and not torch.ops.nanoinfer.has_tiles(torch.empty(0, device=device)):
+        print("no kernels for Hopper, as it is another GPU or not built for it: others do their work")
 
 
 def main() -> None:
-    if not torch.cuda.is_available():
-        sys.exit("sanitize.py is for a machine with a CUDA device: there is none here")
-    torch.manual_seed(0)
-    for name in sys.argv[1:] or GROUPS:
-        print(f"{name}: {GROUPS[name]()} cases ok", flush=True)
+    parser = argparse.ArgumentParser(description="Run every kernel on small shapes, for compute-sanitizer.")
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"all if none is given: {', '.join(GROUPS)}")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    options = parser.parse_args()
+    if unknown := set(options.groups) - set(GROUPS):
+        parser.error(f"no such group: {', '.join(sorted(unknown))}")
+    refuse_without_kernels(options.device)
+    right = [check(case, options.device) for name in options.groups or GROUPS for case in cases_of(name)]
+    if not all(right):
+        sys.exit(f"{right.count(False)} of {len(right)} cases WRONG")
+    print(f"{len(right)} cases ok")
 
 
 if __name__ == "__main__":
