@@ -108,7 +108,7 @@ PagedAttention make_params(const Tensor& q, const Tensor& kv, const Tensor& q_st
         .window = int(std::min<int64_t>(window, std::numeric_limits<int32_t>::max())),
         .max_parts = std::max(splits, 1),
         // With as many chunks as tokens every chunk is a decoded token, or nearly: the prefill kernel stays out.
-        .decode_tokens = tokens <= chunks ? tokens : kDecodeTokens,
+        .decode_tokens = tokens == chunks ? tokens : kDecodeTokens,
         .scale = float(scale),
         .scale_log2 = float(scale * 1.4426950408889634),
         .tables_ready = tables_ready,
