@@ -6,7 +6,7 @@ table). What some requests want done to their logits is done between the two, by
 after both. Lengths, rows and slots are read from the device's memory, so a graph serves every later step of its bucket.
 Without graphs the same kernels run on the same shapes, hence the same tokens.
 
-Of a step with a prompt's chunk in it, tokens and chunks are rounded up, and the model is captured, when such a shape
+Of a step with a prompt's chunk in it, tokens and chunks are rounded up, and the model is captured when such a shape
 comes for the second time; its few logits and tokens are launched one by one. More than CHUNK_TOKENS tokens are never
 rounded: they are long enough to hide their launches, which take the host 6 ms at 0.5B and 15 ms at 7B.
 
@@ -39,9 +39,9 @@ logger = logging.getLogger("nanoinfer")
 
 # A slot of the ring is written again when its step is long over: one is in flight, one is being committed.
 RING = 3
-# Of GPU memory for a graph itself: on an H200 20 graphs of 24 layers took 14 MB, of 28 layers 4. The driver takes it in
-# pieces for several graphs, so capturing one or two does not show it.
-GRAPH_BYTES = 2**20
+# Of GPU memory for a layer in a graph, without its tensors: on an H200 20 graphs of 24 layers took 14 MB, of 28 layers
+# 4. The driver takes it in pieces for several graphs, so capturing one or two does not show it.
+GRAPH_LAYER_BYTES = 2**15
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class ChunkGraph:
 
 
 class CudaRunner(ModelRunner):
-    """capture: steps are replayed from graphs: decodes alone from the start, others from the third of a shape on."""
+    """capture: steps are replayed from graphs: decodes alone from the start, others from the second of a shape on."""
 
     logit_rows = 1024  # at once: 594 MiB for 151,936 ids
 
@@ -83,7 +83,8 @@ class CudaRunner(ModelRunner):
         self.buckets = bucket_ladder(min(max_chunks, self.logit_rows))
         self.graphs: dict[int, StepGraphs] = {}
         self.chunk_shapes = chunk_shapes(max_tokens, max_chunks)
-        self.chunk_graphs: dict[StepShape, ChunkGraph | None] = {}  # None: such a step has run once
+        self.chunk_graphs: dict[StepShape, ChunkGraph] = {}
+        self.launched_shapes: set[StepShape] = set()  # with chunks: their kernels are loaded, so they can be captured
         self.pool = torch.cuda.graph_pool_handle()
         self.stream, self.copy_stream = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self.stream.wait_stream(torch.cuda.current_stream(device))  # what was just filled there is used here
@@ -140,12 +141,22 @@ class CudaRunner(ModelRunner):
         rounded = self._rounded(shape)
         if rounded is None:
             return self._forward(self.batch(shape))
-        if rounded not in self.chunk_graphs or not self.capture:
-            self.chunk_graphs[rounded] = None
-            return self._forward(self.batch(rounded))
-        graph = self.chunk_graphs[rounded] or self._capture_chunks(rounded)
-        graph.forward.replay()
-        return graph.hidden
+        if self.capture and rounded in self.launched_shapes and rounded not in self.chunk_graphs:
+            self._try_capture(rounded)
+        if graph := self.chunk_graphs.get(rounded):
+            graph.forward.replay()
+            return graph.hidden
+        hidden = self._forward(self.batch(rounded))
+        self.launched_shapes.add(rounded)
+        return hidden
+
+    def _try_capture(self, shape: StepShape) -> None:
+        """Capture a step while others are served, for which there may be no memory: then it still can be launched."""
+        try:
+            self._capture_chunks(shape)
+        except RuntimeError as error:  # what torch raises for whatever the driver says
+            self.capture = False
+            logger.warning("no more steps are captured, as this failed for one of %s: %r", shape, error)
 
     def _rounded(self, shape: StepShape) -> StepShape | None:
         """The smallest of `chunk_shapes` that has room for it; None: it is larger than they are."""
@@ -164,14 +175,15 @@ class CudaRunner(ModelRunner):
         return self.model(batch, self.kv_layers)
 
     def warm_up(self) -> None:
-        """Capture every bucket, largest first: the memory of its logits then serves the smaller ones.
+        """Capture every bucket, largest first: the memory of its tensors then serves the smaller ones. For the same
+        reason the largest step with chunks comes here, and the others as they are needed.
 
         At the start rather than when a bucket is first used: with 24 buckets and about 10 ms for each, that was a tenth
         of the time of a workload that uses all of them once.
         """
         began = time.perf_counter()
-        if self.capture:
-            self.capture_chunks(self.chunk_shapes[-1])
+        for shape in self.chunk_shapes[-1:] if self.capture else []:
+            self.capture_chunks(shape)
         for bucket in reversed(self.buckets if self.capture else []):
             self.capture_step(bucket)
         if self.graphs:
@@ -193,11 +205,10 @@ class CudaRunner(ModelRunner):
             self._forward(self.batch(shape))
             self._capture_chunks(shape)
 
-    def _capture_chunks(self, shape: StepShape) -> ChunkGraph:
+    def _capture_chunks(self, shape: StepShape) -> None:
         with self._captured() as forward:
             hidden = self._forward(self.batch(shape))
-        graph = self.chunk_graphs[shape] = ChunkGraph(forward, borrow(hidden))
-        return graph
+        self.chunk_graphs[shape] = ChunkGraph(forward, borrow(hidden))
 
     def _capture(self, batch: Batch) -> StepGraphs:
         with self._captured() as forward:
@@ -290,14 +301,14 @@ def measure_step_bytes(runner: ModelRunner, max_tokens: int, max_model_len: int)
     ):
         runner.launch(_lone_step(lengths, params, runner.block_size)).tokens()
     graphs = 0
-    if runner.capture:  # the tensors of all others lie where those of the largest do
+    if runner.capture:  # the tensors of all others will lie where those of the largest do
         for shape in reversed(runner.chunk_shapes[-2:]):
             runner.capture_chunks(shape)
         for bucket in reversed(runner.buckets[-2:]):
             runner.capture_step(bucket)
         torch.cuda.synchronize()
         graphs = len(runner.chunk_shapes) + len(runner.buckets)
-    return before - torch.cuda.mem_get_info()[0] + graphs * GRAPH_BYTES
+    return before - torch.cuda.mem_get_info()[0] + graphs * len(runner.kv_layers) * GRAPH_LAYER_BYTES
 
 
 def _lone_step(lengths: list[int], params: SamplingParams, block_size: int) -> Step:
