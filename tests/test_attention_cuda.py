@@ -15,6 +15,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 HALVES = [torch.bfloat16, torch.float16]
 QWEN2 = [(14, 2, 64), (12, 2, 128), (28, 4, 128)]
+HOPPER = torch.cuda.is_available() and torch.ops.nanoinfer.has_tiles(torch.empty(0, device="cuda"))
 
 
 @pytest.mark.parametrize("layout", [*QWEN2, (40, 2, 64), (4, 1, 256)])
@@ -34,6 +35,11 @@ FEW_AFTER_MANY: dict[str, Chunks] = {
 }
 
 
+def with_whole_items(case: Case) -> torch.Tensor:
+    """What the kernel gives that shares nothing out, as with any window; this one hides no key."""
+    return replace(case, window=2**20).attend()
+
+
 @pytest.mark.parametrize("layout", [*QWEN2, (5, 1, 64), (6, 6, 128), (40, 2, 64)])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("mix", FEW_AFTER_MANY)
@@ -46,6 +52,8 @@ def test_few_tokens_after_many(mix: str, dtype: torch.dtype, layout: tuple[int, 
     first = case.attend()
     assert_error(first, case.defined(dtype), case.defined(torch.float64))
     assert all(torch.equal(case.attend(), first) for _ in range(20))
+    shared = not torch.equal(first, with_whole_items(case))  # sums in another order
+    assert shared == (HOPPER and mix != "not_worth_it")
 
 
 @pytest.mark.parametrize("layout", QWEN2)
@@ -109,6 +117,17 @@ def test_repeats_are_bit_equal(dtype: torch.dtype) -> None:
     case = make_case([(1, 3000), (37, 37), (3, 310), (130, 300), (8, 600)], (14, 2, 64), dtype, "cuda")
     first = case.attend()
     assert all(torch.equal(case.attend(), first) for _ in range(200))
+
+
+@pytest.mark.parametrize("layout", [(14, 2, 64), (12, 2, 128)])
+@pytest.mark.parametrize("padding", [10, 67, 100], ids=["fewer chunks", "as many", "more chunks than tokens"])
+def test_long_chunks_among_padding(padding: int, layout: tuple[int, int, int]) -> None:
+    """With as many chunks as tokens the decode kernel takes all of them, however long; it is exact all the same."""
+    chunks: Chunks = [(60, 700), (1, 40), (9, 2000), *[(0, 0)] * padding]
+    case = make_case(chunks, layout, torch.bfloat16, "cuda")
+    case = replace(case, q=case.q[:-NO_CHUNK])
+    assert len(case.q) == 70
+    assert_error(case.attend(), case.defined(torch.bfloat16), case.defined(torch.float64))
 
 
 def captured(case: Case) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
@@ -218,9 +237,12 @@ def test_tables_are_read_early_but_not_too_early() -> None:
 def test_numbers_out_of_range_touch_nothing_outside(dtype: torch.dtype, chunks: Chunks, name: str) -> None:
     """The device's numbers cannot be checked without waiting for it: wrong ones give wrong results, and no fault."""
     case = make_case(chunks, (14, 2, 64), dtype, "cuda")
+    right = getattr(case, name)
     for wrong in (2**31 - 1, -(2**31), -1, 10**6):
-        number = torch.full_like(getattr(case, name), wrong)
-        ops.paged_attention(*replace(case, **{name: number}).args())
+        some = right.clone()
+        some.flatten()[1::2] = wrong  # beside right ones: a chunk that ends behind the last token, or before its begin
+        for number in (torch.full_like(right, wrong), some, some.flip(0)):
+            ops.paged_attention(*replace(case, **{name: number}).args())
     torch.cuda.synchronize()
     assert_error(case.attend(), case.defined(dtype), case.defined(torch.float64))
 

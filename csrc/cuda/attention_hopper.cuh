@@ -242,9 +242,7 @@ __device__ void attend_rows(const PagedAttention& p, const HopperItem& next, int
         round_weights<T, D>(rows, weights);
     }
     if (key < end) end_values(add_values(key));
-    if constexpr (kShares) {
-        if (is_part<HopperShape<D>>(next)) return store_part<D>(p, next, rows);
-    }
+    if (kShares && is_part<HopperShape<D>>(next)) return store_part<D>(p, next, rows);
     add_lanes(rows);
     store_rows<T, D, 1>(p, item, rows, own, tile);
 }

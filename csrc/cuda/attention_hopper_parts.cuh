@@ -17,7 +17,7 @@ constexpr int kBlockParts = 2;
 // A block of add_parts_kernel takes 32 columns of an item, and loads so many parts of these before it adds them.
 constexpr int kSliceColumns = 32, kPartsAtOnce = 4;
 
-// Capacities of a table, in keys, with which there may be shares: with fewer they cannot pay, more are not worth the
+// Capacities of a table, in keys, with which there may be shares: with fewer they pay little, more are not worth the
 // wider numbers.
 constexpr int kLeastKeys = 128 * (kLeastGain + kLeastShare), kMostKeys = 1 << 20;
 
