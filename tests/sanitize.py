@@ -104,6 +104,7 @@ def main() -> None:
     if unknown := set(options.groups) - set(GROUPS):
         parser.error(f"no such group: {', '.join(sorted(unknown))}")
     refuse_without_kernels(options.device)
+    torch.set_num_threads(1)  # definitions are computed on the CPU, in many processes at once
     right = [check(case, options.device) for name in options.groups or GROUPS for case in cases_of(name)]
     if not all(right):
         sys.exit(f"{right.count(False)} of {len(right)} cases WRONG")
