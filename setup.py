@@ -194,6 +194,11 @@ def link(cxx: list[str], nvcc: str | None, objects: list[Path], torch_lib: Path,
 class BuildKernels(build_ext):
     """Compiles what changed, in parallel, each source with its own flags, and links."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if self.editable_mode:  # in place of a folder that is new each time, so that only what changed is compiled
+            self.build_temp = str(Path("build", "editable"))
+
     def run(self) -> None:
         if sys.platform != "linux":
             print(f"nanoinfer: kernels are built on Linux only, not on {sys.platform}, so it will run on plain torch, "
