@@ -1,5 +1,6 @@
 """paged_attention on CUDA beyond what holds on every device: graphs, long sequences, numbers out of range."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -91,17 +92,11 @@ def test_chunks_of_a_long_prompt_agree(layout: tuple[int, int, int]) -> None:
 def test_graph_follows_long_lengths() -> None:
     """A captured step shares keys out where the lengths of the day want it, and not elsewhere."""
     case = make_case([(700, 9000), (1, 700), (300, 12000)], (12, 2, 128), torch.bfloat16, "cuda")
-    graph, out = captured(case)
+    follows = captured_step(case)
     for lengths, kv_lens in (([1001, 0, 0], [9000, 0, 0]), ([9, 1, 900], [9, 700, 12000]), ([1, 1, 1], [5, 9, 12000]),
                              ([300, 300, 300], [300, 310, 400]), ([0] * 3, [0] * 3), ([11, 0, 9], [8193, 0, 1025]),
                              ([0, 128, 0], [0, 650, 0])):  # fmt: skip
-        starts = torch.tensor([0, *lengths]).cumsum(0)
-        case.q_starts.copy_(starts)
-        case.kv_lens.copy_(int32(kv_lens, "cuda"))
-        graph.replay()
-        assert torch.equal(out[: int(starts[-1])], case.attend()), (lengths, kv_lens)
-        if sum(lengths):
-            assert_error(case.attend(), case.defined(torch.bfloat16), case.defined(torch.float64))
+        follows(lengths, kv_lens)
 
 
 def test_more_chunks_than_a_warp_sees_at_once() -> None:
@@ -139,6 +134,22 @@ def captured(case: Case) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
     return graph, out
 
 
+def captured_step(case: Case) -> Callable[[list[int], list[int]], None]:
+    """A captured call, to be replayed with other lengths of its chunks: it has to do what the op does with them."""
+    graph, out = captured(case)
+
+    def follows(lengths: list[int], kv_lens: list[int]) -> None:
+        starts = torch.tensor([0, *lengths]).cumsum(0)
+        case.q_starts.copy_(starts)
+        case.kv_lens.copy_(int32(kv_lens, "cuda"))
+        graph.replay()
+        assert torch.equal(out[: int(starts[-1])], case.attend()), (lengths, kv_lens)
+        if sum(lengths):
+            assert_error(case.attend(), case.defined(case.q.dtype), case.defined(torch.float64))
+
+    return follows
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize("decode", [True, False])
 def test_graph_follows_lengths(dtype: torch.dtype, decode: bool) -> None:
@@ -147,16 +158,10 @@ def test_graph_follows_lengths(dtype: torch.dtype, decode: bool) -> None:
     case = make_case(chunks, (12, 2, 128), dtype, "cuda")
     if decode:
         case = replace(case, q=case.q[:-NO_CHUNK])
-    graph, out = captured(case)
+    follows = captured_step(case)
     for lengths, kv_lens in (([1, 1, 1, 1], [1, 2, 300, 17]), ([1, 1, 0, 0], [899, 257, 0, 0]), ([0] * 4, [0] * 4),
                              ([2, 0, 1, 1], [512, 0, 16, 40]), ([4, 0, 0, 0], [640, 0, 0, 0])):  # fmt: skip
-        starts = torch.tensor([0, *lengths]).cumsum(0)
-        case.q_starts.copy_(starts)
-        case.kv_lens.copy_(int32(kv_lens, "cuda"))
-        graph.replay()
-        assert torch.equal(out[: int(starts[-1])], case.attend()), (lengths, kv_lens)
-        if sum(lengths):
-            assert_error(case.attend(), case.defined(dtype), case.defined(torch.float64))
+        follows(lengths, kv_lens)
 
 
 def test_tokens_of_no_chunk_stay_unwritten() -> None:

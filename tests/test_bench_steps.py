@@ -36,6 +36,24 @@ def test_attention_counts_what_every_case_moves_and_computes(tiny, capsys) -> No
     assert rows.keys() == moved.keys()
 
 
+def test_attention_is_timed_by_the_layer(tiny, monkeypatch) -> None:
+    """However many chains of layers are timed at once: here each layer takes 3 us by the clock."""
+    calls = []
+    monkeypatch.setattr(attention.ops, "paged_attention", lambda *args, **options: calls.append(1))
+    for replays in (1, 5):
+        monkeypatch.setitem(attention.REPLAYS, "cpu", replays)
+
+        def clock(call, device) -> float:
+            calls.clear()
+            call()
+            return 3e-6 * len(calls)
+
+        monkeypatch.setattr(attention, "timed", clock)
+        for time in attention.measure("tiny", torch.device("cpu"), torch.float32, 2):
+            assert time.microseconds == pytest.approx(3)
+            assert len(calls) == replays * attention.CHAIN_LAYERS[0]
+
+
 def test_tables_of_attention_are_an_engines() -> None:
     """Every sequence has blocks of its own for all of its positions, in a table as wide as an engine's."""
     chunks = attention.Chunks([1, 3], [17, 40])

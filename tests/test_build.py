@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from setuptools import Distribution
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ["setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "nanoinfer"]
@@ -117,6 +118,8 @@ def test_check_reports_and_passes() -> None:
     assert done.returncode == 0, done.stdout
     for text in ("torch ", extension().cpu_isa(), "rms_norm", "ok: fp32 bf16 fp16"):
         assert text in done.stdout
+    cells = dict(line.split("  ", 1) for line in done.stdout.splitlines() if "  " in line)
+    assert cells["tile_linear"].strip().startswith("none needed")  # it is for GPUs
 
 
 def test_check_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
@@ -148,6 +151,15 @@ def test_no_compiler_is_said_and_no_error(checkout: Path) -> None:
     assert done.returncode == 0, done.stdout
     assert "no C++ compiler found, so it will run on plain torch, slowly; install one" in done.stdout
     assert not list(checkout.rglob("*.so"))
+
+
+def test_editable_installs_share_their_objects(setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each of them compiles everything: setuptools names a new folder for each."""
+    monkeypatch.chdir(ROOT)
+    command = setup_py.BuildKernels(Distribution())
+    command.editable_mode, command.build_temp = True, "/new"
+    command.finalize_options()
+    assert command.build_temp == "build/editable"
 
 
 def test_one_wheel_serves_every_python(checkout: Path) -> None:

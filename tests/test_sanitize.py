@@ -35,3 +35,17 @@ def test_what_is_wrong_is_seen(monkeypatch: pytest.MonkeyPatch, wrong: str) -> N
     right = ops.silu_and_mul
     monkeypatch.setattr(ops, "silu_and_mul", lambda x: WRONG[wrong](right(x)))
     assert not check(case, "cpu")
+
+
+def test_a_wrong_integer_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has no tolerance: here a token that the op writes into its argument."""
+    case = next(case for case in cases_of("sampling") if case.op == "sample")
+    right = ops.sample
+
+    def wrong(**arguments: Tensor) -> None:
+        right(**arguments)
+        arguments["tokens"][-1] += 1
+
+    assert check(case, "cpu")
+    monkeypatch.setattr(ops, "sample", wrong)
+    assert not check(case, "cpu")
