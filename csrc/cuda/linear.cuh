@@ -12,7 +12,7 @@
 // both rounded before: bit for bit what thin_linear and silu_and_mul give one after the other.
 //
 // A Qwen2 layer's eight ops besides attention, one captured after the other, us a layer on an H200, bf16, with these
-// products / with cuBLAS's:
+// products / with cuBLAS's, SiLU still by itself (together with gate_up, 0.5B's row takes 1.3 us less):
 //   rows      0.5B           1.5B             7B
 //      1   20.3 / 29.2    37.4 / 47.3    131.3 / 136.6
 //      8   22.2 / 29.2    40.5 / 46.3    137.1 / 139.4
