@@ -86,6 +86,9 @@ def long() -> Iterator[Case]:
 # rows. Where it does not pay, blocks of the same kernel take whole items; here, of 34 heads, more items than blocks.
 SHARED: Chunks = [(20, 4300), (9, 300), (40, 40), (1, 700)]
 WHOLE = ([200, 1, 30, 9], [200, 1800, 700, 9])
+# Three items and more for each of 132 blocks, whole ones and shares: places in shared memory are used again.
+AGAIN: Chunks = [(300, 300), (1, 9)]
+SHARED_AGAIN: Chunks = [(20, 4300), *[(9, 9)] * 200]
 
 
 def shares() -> Iterator[Case]:
@@ -94,6 +97,11 @@ def shares() -> Iterator[Case]:
         yield attend("one shared", make_case([(200, 5200)], (4, 1, dim), dtype))
         yield attend("whole", crowd(*WHOLE, (34, 34, dim), dtype))
     for dtype, dim in zip(HALVES, (64, 128), strict=True):
+        again = make_case(AGAIN, (140, 140, dim), dtype)
+        yield attend("items again", again)
+        wide = torch.nn.functional.pad(again.block_tables, (0, 112))
+        yield attend("items again, wide table", replace(again, block_tables=wide))
+        yield attend("shares again", make_case(SHARED_AGAIN, (2, 2, dim), dtype))
         yield attend("40 chunks, shared", crowd([*[1] * 37, 20, 1, 9], [*[30] * 37, 4300, 9, 300], (8, 2, dim), dtype))
 
 

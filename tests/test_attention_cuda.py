@@ -57,6 +57,19 @@ def test_few_tokens_after_many(mix: str, dtype: torch.dtype, layout: tuple[int, 
     assert shared == (HOPPER and mix != "not_worth_it")
 
 
+@pytest.mark.parametrize("dim", [64, 128])
+def test_blocks_get_through_many_short_items(dim: int) -> None:
+    """Shares of three and four items of one tile each: the warps that copy keys and queries stay in step, call by call.
+
+    One that were a phase behind would wait for ever, or take an item for another.
+    """
+    case = make_case([(20, 4300), *[(9, 9)] * 200], (2, 2, dim), torch.bfloat16, "cuda")
+    first = case.attend()
+    assert_error(first, case.defined(torch.bfloat16), case.defined(torch.float64))
+    assert torch.equal(first, with_whole_items(case)) != HOPPER
+    assert all(torch.equal(case.attend(), first) for _ in range(2000))
+
+
 @pytest.mark.parametrize("layout", QWEN2)
 def test_few_tokens_after_many_sharp_softmax(layout: tuple[int, int, int]) -> None:
     """Nearly all the weight is on one key, and so in one part."""

@@ -22,15 +22,16 @@ namespace nanoinfer::cuda {
 
 // Barriers of a block are numbered: 0 is __syncthreads, warpgroups 1 and 2 meet at theirs.
 constexpr int kQueryMeeting = 3;
-// A whole item is taken when so many tiles of keys of the one before are still to be copied. What the ring holds by
-// then keeps the tensor cores busy for 4 us, and finding an item and copying its queries takes 2.
+// An item is taken when so many tiles of keys of the one before are still to be copied. What the ring holds by then
+// keeps the tensor cores busy for 4 us, and finding a whole item and copying its queries takes 2.
 constexpr int kAhead = 2;
 
-// What a block has in shared memory beside tiles and queries.
+// What a block has in shared memory beside tiles and queries. Where all threads of a warp have read what others write
+// next, each of them arrives: one's word for all would do, as a warp reads in order, but racecheck could not see it.
 template <typename Shape>
 struct HopperShared {
     uint64_t full[Shape::kSlots], empty[Shape::kSlots];  // barriers of the ring
-    uint64_t wanted;  // the tiles' warp's word that it will soon be through with an item; whole ones wait for it
+    uint64_t wanted;  // the tiles' warp's word that it has read an item, and will soon be through with it
     uint64_t found[2], queries_full[2], queries_empty[2];
     HopperItem items[2];  // with the queries
     int numbers[2];       // theirs, among all items, if these are whole
@@ -43,9 +44,9 @@ struct HopperShared {
         for (int i = 0; i < 2; ++i) {
             init_barrier(shared_address(&found[i]), 1);  // whoever writes the item
             init_barrier(shared_address(&queries_full[i]), Shape::kQueryThreads);
-            init_barrier(shared_address(&queries_empty[i]), 4 * Shape::kGroups);
+            init_barrier(shared_address(&queries_empty[i]), 128 * Shape::kGroups);
         }
-        init_barrier(shared_address(&wanted), 1);
+        init_barrier(shared_address(&wanted), 32);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
 };
@@ -58,6 +59,28 @@ struct Turn {
     __device__ void advance() {
         if (++index == n) index = 0, parity ^= 1;
     }
+};
+
+// The items of a block's share. Thread 0 alone waits until one is wanted, as it alone writes it: another thread could
+// come to the barrier when it is a phase further, and wait for ever.
+template <typename Shape>
+class WantedShares {
+  public:
+    __device__ WantedShares(const PagedAttention& p, const Shares& shares, HopperShared<Shape>& all, int thread)
+        : walk_(p, shares), all_(all), thread_(thread) {}
+
+    __device__ HopperItem next() {
+        const HopperItem item = walk_.next();
+        if (thread_ == 0) wait_barrier(shared_address(&all_.wanted), odd_ ^ 1);
+        odd_ ^= 1;
+        return item;
+    }
+
+  private:
+    ShareWalk<Shape> walk_;
+    HopperShared<Shape>& all_;
+    const int thread_;  // of the three warps' threads
+    int odd_ = 0;       // has the block taken an odd number of items: also the parity of `wanted`
 };
 
 // The whole items of a block, as many as it gets round to. All threads that copy queries call next(), and get the same.
@@ -84,12 +107,11 @@ class WholeWalk {
     HopperShared<Shape>& all_;
     Finder<prefill_items<Shape::kRows>> finder_;
     const int thread_;  // of the three warps' threads
-    int odd_ = 0;       // has the block taken an odd number of items: also the parity of `wanted`
+    int odd_ = 0;       // as above
 };
 
 // Three warps: find the items, as `walk` has them, and copy their queries to two places in turn. A place is free when
-// the other warpgroups are through with its item. By then the warp that copies tiles has read it, too: it has copied
-// the item's tiles, and where a whole item has none, it has said that it wants the next.
+// the other warpgroups are through with its item, and the warp that copies tiles has said that it wants the next.
 template <typename T, int D, typename Walk>
 __device__ void copy_all_queries(const PagedAttention& p, Walk walk, int thread, HopperShared<HopperShape<D>>& all,
                                  uint32_t queries) {
@@ -118,7 +140,9 @@ __device__ void find_all_queries(const PagedAttention& p, HopperShared<HopperSha
     const int thread = threadIdx.x - 32;
     if constexpr (kShares) {
         const Shares shares = share_out<Shape>(p);
-        if (shares.size > 0) return copy_all_queries<T, D>(p, ShareWalk<Shape>(p, shares), thread, all, queries);
+        if (shares.size > 0) {
+            return copy_all_queries<T, D>(p, WantedShares<Shape>(p, shares, all, thread), thread, all, queries);
+        }
     }
     copy_all_queries<T, D>(p, WholeWalk<Shape>(p, all, thread), thread, all, queries);
 }
@@ -143,11 +167,10 @@ __device__ void copy_all_tiles(const PagedAttention& p, const CUtensorMap& map, 
         wait_barrier(shared_address(&all.found[turn.index]), turn.parity);
         const HopperItem next = all.items[turn.index];
         if (next.done) break;
-        __syncwarp();  // all lanes have read it
-        if (next.tiles < kAhead && lane == 0) arrive(shared_address(&all.wanted));
+        if (next.tiles < kAhead) arrive(shared_address(&all.wanted));
         int row = 0;
         for (int tile = 0; tile < next.tiles; ++tile) {
-            if (tile + kAhead == next.tiles && lane == 0) arrive(shared_address(&all.wanted));
+            if (tile + kAhead == next.tiles) arrive(shared_address(&all.wanted));
             // Behind the end come the last keys again, to be hidden.
             const int key = smaller(next.first + tile * Shape::kKeys + group * 16, (next.item.end - 1) & ~15);
             const int previous = row;
@@ -271,8 +294,8 @@ __device__ void attend_items(const PagedAttention& p, const CUtensorMap& map, Ho
             const HopperItem& next = all.items[turn.index];
             if (next.done) break;
             attend_rows<T, D, kShares>(p, next, own, queries + turn.index * Shape::kQueryBytes + own * D * 2, ring);
-            __syncwarp();  // all lanes have read the item and their rows
-            if (threadIdx.x % 32 == 0) arrive(shared_address(&all.queries_empty[turn.index]));
+            __syncwarp();  // the warp is as one again, as its next item's instructions need it
+            arrive(shared_address(&all.queries_empty[turn.index]));
         }
     }
 }
