@@ -12,9 +12,9 @@
 
 namespace nanoinfer::cuda {
 
-// A tile takes a multiprocessor 1.4 us with heads of 64, 2 us with heads of 128. To begin and end an item takes 1 to 4
+// A tile takes a multiprocessor 1.4 us with heads of 64, 2 us with heads of 128. To begin and end an item takes up to 6
 // us more, which counts as so many tiles: without them, a share of many short items would take the longest.
-constexpr int kItemTiles = 2;
+constexpr int kItemTiles = 3;
 // Tiles that shares have to save a step for its blocks to take shares: they begin and end one or two items more each,
 // and to add parts up takes some 5 us.
 constexpr int kLeastGain = 6;
