@@ -200,13 +200,17 @@ def paged_attention(
 def thin_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, float_out: bool = False) -> Tensor:
     """x @ weight.T + bias with float32 sums, for few rows. x [M, K], M <= THIN_ROWS; weight [N, K]; bias [N].
 
-    Returns [M, N] of x's dtype, or float32 where float_out.
+    Returns [M, N] of x's dtype, or float32 where float_out. It may read weight before the stream's earlier kernels have
+    ended: weight must not be what one of this package's own kernels has just written.
     """
     return _ops.thin_linear(x, weight, bias, float_out)  # type: ignore[no-any-return]
 
 
 def thin_gated_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """silu_and_mul(thin_linear(x, weight)), bit for bit. x [M, K], M <= THIN_ROWS; weight [2 N, K], gates first."""
+    """silu_and_mul(thin_linear(x, weight)), bit for bit. x [M, K], M <= THIN_ROWS; weight [2 N, K], gates first.
+
+    When it reads weight, see `thin_linear`.
+    """
     return _ops.thin_gated_linear(x, weight)  # type: ignore[no-any-return]
 
 
@@ -216,8 +220,7 @@ def tile_linear(
     """x @ weight.T + bias with float32 sums. x [M, K], weight [N, K], bias [N] -> [M, N] of x's dtype.
 
     gated: the first half of weight's rows are gates, and the result is silu(gate) * up [M, N / 2]; there is no bias.
-    The rest says how a GPU cuts the work, see `Tiles`. It may read weight before the stream's earlier kernels have
-    ended: weight must not be what one of this package's own kernels has just written.
+    The rest says how a GPU cuts the work, see `Tiles`. When it reads weight, see `thin_linear`.
     """
     return _ops.tile_linear(x, weight, bias, gated, cols, tiles, split, blocks)  # type: ignore[no-any-return]
 

@@ -240,7 +240,7 @@ def test_kernels_that_overlap_wait_for_what_they_read() -> None:
             after()
             h = ops.silu_and_mul(h * 1 if i % 3 == 0 else h)  # and a kernel that is not ours
             after()
-            fresh = ops.rms_norm(narrow, scale.repeat(2), 1e-6)  # weights that the kernel just before writes
+            fresh = ops.rms_norm(narrow, scale.repeat(2), 1e-6) * 1  # weights that a foreign kernel has just written
             h = ops.thin_linear(h, fresh)
             after()
         return torch.cat((h, residual))

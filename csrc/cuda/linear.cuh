@@ -8,6 +8,9 @@
 // one multiplication, the last four those of another: everything goes from memory to registers as it lies, 16 bytes a
 // load.
 //
+// No kernel writes weights, so a lane's first loads of them are under way before the earlier kernels have ended: to ask
+// for them to be brought to the second cache, and load them from there once x had come, took a step of 0.5B 5 % longer.
+//
 // Gated, a block multiplies 8 gate rows of the weights and their 8 up rows, and writes silu(gate) * up of the sums,
 // both rounded before: bit for bit what thin_linear and silu_and_mul give one after the other.
 //
@@ -35,8 +38,7 @@ struct ThinLinear {
     int rows;            // at most kThinRows
     int64_t dim, out_dim, x_stride, weight_stride;
     bool float_out;
-    bool gated;    // neither with a bias nor with float_out, and not for floats
-    int prefetch;  // first numbers of each weight row that a block asks for before it waits; the launcher sets it
+    bool gated;  // neither with a bias nor with float_out, and not for floats
 };
 
 constexpr int kThinRows = 16;  // rows of an mma's left matrix
@@ -68,12 +70,13 @@ __device__ inline void mma(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0
 }
 
 // 16 bytes, or zeros unless `there`. Weights are read once, so they shall not displace x in the first cache. Volatile,
-// or the compiler moves each load down to its use, and a lane has but one under way.
+// or the compiler moves each load down to its use, and a lane has but one under way; and not with .nc, or it moves them
+// behind the wait for earlier kernels.
 __device__ inline uint4 load_weights(const uint16_t* p, bool there) {
     uint4 v = {};
     asm volatile(
         "{ .reg .pred there; setp.ne.b32 there, %5, 0;"
-        "@there ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4]; }"
+        "@there ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4]; }"
         : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
         : "l"(p), "r"(int(there)));
     return v;
@@ -102,7 +105,8 @@ __device__ inline int64_t weight_row(const ThinLinear& p, int i) {
     return min(int64_t(blockIdx.x) * kCols * kTileCols + i, p.out_dim - 1);
 }
 
-// The sums of the block's kCols x 8 weight rows with all rows of x, along slices `slice`, slice + split, ... of k.
+// The sums of the block's kCols x 8 weight rows with all rows of x, along slices `slice`, slice + split, ... of k. The
+// first weights are asked for before earlier kernels have ended.
 // kBoth: x has more than 8 rows. Those that are not there are, again, read as the last one that is.
 template <typename T, int kCols, bool kBoth, bool kAligned, bool kGated>
 __device__ inline void multiply(const ThinLinear& p, int slice, int split, float (&sums)[kCols][4]) {
@@ -117,14 +121,14 @@ __device__ inline void multiply(const ThinLinear& p, int slice, int split, float
         const int64_t row = weight_row<kCols, kGated>(p, c * kTileCols + g);
         weight[c] = static_cast<const uint16_t*>(p.weight) + row * p.weight_stride;
     }
-    // All lanes go on while one has numbers left, as an mma needs the whole warp.
-    for (int begin = slice * kSlice; begin < dim; begin += kAhead * step) {
-        const int k = begin + t * 8;
-        uint4 w[kAhead][kCols];
+    uint4 w[kAhead][kCols];
+    const auto ask = [&](int k) {
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) {
             for (int c = 0; c < kCols; ++c) w[i][c] = load_eight<kAligned, true>(weight[c], k + i * step, dim);
         }
+    };
+    const auto add = [&](int k) {
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) {
             const uint4 x = load_eight<kAligned, false>(low, k + i * step, dim);
@@ -134,6 +138,15 @@ __device__ inline void multiply(const ThinLinear& p, int slice, int split, float
                 mma<T>(sums[c], {x.z, y.z, x.w, y.w}, w[i][c].z, w[i][c].w);
             }
         }
+    };
+    int begin = slice * kSlice;
+    ask(begin + t * 8);
+    wait_for_earlier_kernels();
+    add(begin + t * 8);
+    // All lanes go on while one has numbers left, as an mma needs the whole warp.
+    for (begin += kAhead * step; begin < dim; begin += kAhead * step) {
+        ask(begin + t * 8);
+        add(begin + t * 8);
     }
 }
 
@@ -146,15 +159,6 @@ __device__ inline void write_sum(const ThinLinear& p, int row, int64_t col, floa
     } else {
         static_cast<T*>(p.out)[at] = from_float<T>(sum);
     }
-}
-
-// The first numbers of a row of weights, in whole vectors, on their way into the second cache: what the block's first
-// loads will ask for. Whole rows, for all blocks on the GPU, would displace each other: 7B's layers took 25 us more.
-__device__ inline void prefetch_row(const ThinLinear& p, int64_t row) {
-#if __CUDA_ARCH__ >= 900
-    const uint16_t* weight = static_cast<const uint16_t*>(p.weight) + row * p.weight_stride;
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(weight), "r"(p.prefetch * 2));
-#endif
 }
 
 // A result's parts from all warps, added in the order of k.
@@ -172,8 +176,6 @@ __global__ void __launch_bounds__(kMaxSplit* kWarp, 1) thin_linear_kernel(const 
     extern __shared__ float partial[];                                            // [split, kThinRows, kTile]
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, split = blockDim.x / kWarp;
     let_next_kernel_start();
-    if (p.prefetch && threadIdx.x < kTile) prefetch_row(p, weight_row<kCols, kGated>(p, threadIdx.x));
-    wait_for_earlier_kernels();
     float sums[kCols][4] = {};
     multiply<T, kCols, kBoth, kAligned, kGated>(p, warp, split, sums);
     for (int c = 0; c < kCols; ++c) {
@@ -247,11 +249,8 @@ cudaError_t launch_thin_linear(const ThinLinear& p, int split, cudaStream_t stre
     const auto kernel = aligned ? thin_linear_kernel<T, kCols, kBoth, true, kGated>
                                 : thin_linear_kernel<T, kCols, kBoth, false, kGated>;
     const size_t shared = split * kThinRows * kCols * kTileCols * sizeof(float);
-    ThinLinear params = p;
-    const int64_t ahead = kLoads / kCols * split * kSlice;  // along k: what the block's first loads cover
-    params.prefetch = aligned ? int(ahead < p.dim ? ahead : p.dim) : 0;
     const int64_t blocks = ceil_div(p.out_dim, kGated ? kTileCols : kCols * kTileCols);
-    return launch_kernel(kernel, dim3(blocks), split * kWarp, shared, stream, params);
+    return launch_kernel(kernel, dim3(blocks), split * kWarp, shared, stream, p);
 }
 
 template <typename T>
@@ -265,15 +264,15 @@ cudaError_t launch_thin_linear(const ThinLinear& p, const ThinPlan& plan, cudaSt
                           : launch_thin_linear<T, 2, false>(p, plan.split, stream);
 }
 
-// The best, or within 4 % of it, of splits 1 to 16 and 1, 2 or 4 columns for each matrix of Qwen2.5 0.5B, 1.5B and 7B
-// on an H200 (132 SMs). The fewer tiles there are for an SM, the more warps have to share one to keep the memory busy;
-// where there are many, small blocks even out what the SMs get.
+// The best, or within 1 % of a step of it, of splits 1 to 16 and 1 or 2 columns for each matrix of Qwen2.5 0.5B, 1.5B
+// and 7B in a model's step on an H200 (132 SMs), 1 and 8 rows. The fewer tiles there are for an SM, the more warps have
+// to share one to keep the memory busy; where there are many, small blocks even out what the SMs get.
 inline ThinPlan plan_thin_linear(const ThinLinear& p) {
     const int64_t tiles = ceil_div(p.gated ? 2 * p.out_dim : p.out_dim, 2 * kTileCols);
     if (tiles > 4096) return {1, p.dim < 2048 ? 2 : 4};
-    if (tiles > 264) return {2, 4};
-    if (tiles > 132 || p.dim < 1536) return {2, 8};
-    return {tiles > 66 ? 2 : 1, kMaxSplit};
+    if (tiles > 528) return {2, 4};
+    if (tiles > 132) return {2, 8};
+    return {tiles > 66 || p.dim < 1536 ? 2 : 1, kMaxSplit};
 }
 
 template <typename T>
