@@ -202,6 +202,15 @@ EXAMPLES: dict[str, Callable[[], Arguments]] = {
         "x": torch.randn(3, 64),
         "weight": torch.randn(24, 64) / 8,  # sums of about 1, as the tolerance expects
     },
+    "thin_qkv": lambda: {
+        "x": torch.randn(3, 64),
+        "weight": torch.randn(128, 64) / 8,
+        "bias": torch.randn(128),
+        "kv": torch.randn(4, 2, 2, 4, 16),
+        "positions": int32(0, 3, 7),
+        "slots": int32(0, -1, 15),
+        "cos_sin": torch.randn(8, 16),
+    },
     "tile_linear": lambda: {
         "x": torch.randn(20, 64),
         "weight": torch.randn(48, 64) / 8,

@@ -35,6 +35,8 @@ SCHEMAS = {
     "float scale, int window, bool tables_ready=False) -> Tensor",
     "thin_linear": "(Tensor x, Tensor weight, Tensor? bias, bool float_out) -> Tensor",
     "thin_gated_linear": "(Tensor x, Tensor weight) -> Tensor",
+    "thin_qkv": "(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) kv, Tensor positions, Tensor slots, "
+    "Tensor cos_sin) -> Tensor",
     "tile_linear": "(Tensor x, Tensor weight, Tensor? bias, bool gated, int cols, int tiles, int split, int blocks) "
     "-> Tensor",
     "tall_gated_linear": "(Tensor x, Tensor weight, int cols, int down, int across, int band) -> Tensor",
@@ -54,6 +56,9 @@ FAKES: dict[str, Callable[..., Tensor]] = {
         (x.shape[0], weight.shape[0]), dtype=torch.float32 if float_out else x.dtype
     ),
     "thin_gated_linear": lambda x, weight: x.new_empty((x.shape[0], weight.shape[0] // 2)),
+    "thin_qkv": lambda x, weight, bias, kv, *rest: x.new_empty(
+        (x.shape[0], weight.shape[0] // kv.shape[4] - 2 * kv.shape[2], kv.shape[4])
+    ),
     "tile_linear": lambda x, weight, bias, gated, *plan: x.new_empty((x.shape[0], weight.shape[0] // (1 + gated))),
     "tall_gated_linear": lambda x, weight, *cut: x.new_empty((x.shape[0], weight.shape[0] // 2)),
     "tell_logprobs": lambda logits, rows, tokens, vocab_size, count: tokens.new_empty((len(tokens), 3 + 2 * count)),
@@ -110,8 +115,8 @@ _ops = torch.ops.nanoinfer
 
 def missing_kernels(device: str) -> list[str]:
     """Ops that run on plain torch where `device`, "CPU" or "CUDA", calls them, and would do better."""
-    # Three are for GPUs; the fourth is a few passes over memory, whose work torch shares out well.
-    for_gpus = {"thin_gated_linear", "tile_linear", "tall_gated_linear"}
+    # Four are for GPUs; the fifth is a few passes over memory, whose work torch shares out well.
+    for_gpus = {"thin_gated_linear", "thin_qkv", "tile_linear", "tall_gated_linear"}
     unused = {"CPU": for_gpus | {"tell_logprobs"}}.get(device, set())
     return sorted(name for name in SCHEMAS if (name, device) not in COMPILED and name not in unused)
 
@@ -214,6 +219,17 @@ def thin_gated_linear(x: Tensor, weight: Tensor) -> Tensor:
     return _ops.thin_gated_linear(x, weight)  # type: ignore[no-any-return]
 
 
+def thin_qkv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, kv: Tensor, positions: Tensor, slots: Tensor, cos_sin: Tensor
+) -> Tensor:
+    """`thin_linear` to heads of queries, keys and values, then `rotary_store_kv` of these, bit for bit; the queries.
+
+    x [M, K], M <= THIN_ROWS; weight [(Hq + 2 Hkv) D, K], bias [(Hq + 2 Hkv) D]; the rest as there, with cos_sin [P, D]:
+    all of a head is rotated. Returns [M, Hq, D].
+    """
+    return _ops.thin_qkv(x, weight, bias, kv, positions, slots, cos_sin)  # type: ignore[no-any-return]
+
+
 def tile_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool, cols: int, tiles: int, split: int, blocks: int
 ) -> Tensor:
@@ -283,6 +299,19 @@ def gated_linear(x: Tensor, weight: Tensor) -> Tensor:
     if cut := tall_tiles(x, weight):
         return tall_gated_linear(x, weight, *cut)
     return silu_and_mul(linear(x, weight))
+
+
+def qkv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, kv: Tensor, positions: Tensor, slots: Tensor, cos_sin: Tensor
+) -> Tensor:
+    """Queries [T, Hq, D], rotated, of x [T, K]; its keys and values, likewise, go to kv. As one kernel for few rows."""
+    kv_heads, head_dim = kv.shape[2], kv.shape[4]
+    if takes_thin("thin_qkv", x) and cos_sin.shape[1] == head_dim:
+        return thin_qkv(x, weight, bias, kv, positions, slots, cos_sin)
+    heads = linear(x, weight, bias).view(x.shape[0], -1, head_dim)
+    q, k, v = heads.tensor_split((heads.shape[1] - 2 * kv_heads, heads.shape[1] - kv_heads), dim=1)
+    rotary_store_kv(q, k, v, kv, positions, slots, cos_sin)
+    return q
 
 
 def penalize(

@@ -156,6 +156,15 @@ def thin_gated_linear(x: Tensor, weight: Tensor) -> Tensor:
     return silu_and_mul(thin_linear(x, weight, None, False))
 
 
+def thin_qkv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, kv: Tensor, positions: Tensor, slots: Tensor, cos_sin: Tensor
+) -> Tensor:
+    heads = thin_linear(x, weight, bias, False).view(x.shape[0], -1, kv.shape[4])
+    q, k, v = heads.tensor_split((heads.shape[1] - 2 * kv.shape[2], heads.shape[1] - kv.shape[2]), dim=1)
+    rotary_store_kv(q, k, v, kv, positions, slots, cos_sin, False)
+    return q.contiguous()
+
+
 def tile_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool, cols: int, tiles: int, split: int, blocks: int
 ) -> Tensor:

@@ -121,6 +121,21 @@ def thin() -> Iterator[Case]:
     for dtype, shape in [*product(HALVES, THIN_GATED), (torch.bfloat16, (12, 80, 1536)), (torch.float32, (3, 80, 64))]:
         x, weight, _ = make(*shape, dtype)
         yield Case("thin_gated_linear", f"{SHORT[dtype]} {shape}", {"x": x, "weight": weight})
+    for dtype, (rows, dim), bias in product(DTYPES, ((3, 200), (3, 453), (12, 200), (12, 453)), (True, False)):
+        yield Case("thin_qkv", f"{SHORT[dtype]} {rows} {dim}", qkv_arguments(rows, dim, (3, 1, 20), dtype, bias))
+
+
+def qkv_arguments(rows: int, dim: int, layout: Layout, dtype: torch.dtype, bias: bool = True) -> Arguments:
+    """x and what becomes of it; where there are rows enough, one has no slot."""
+    q_heads, kv_heads, head_dim = layout
+    x, weight, some = make(rows, (q_heads + 2 * kv_heads) * head_dim, dim, dtype)
+    slots = torch.randperm(24, dtype=torch.int32)[:rows]
+    slots[2:3] = -1
+    kv = torch.randn(6, 2, kv_heads, 4, head_dim).to(dtype)
+    return {
+        "x": x, "weight": weight, "bias": some if bias else None, "kv": kv,
+        "positions": torch.randint(50, (rows,)).int(), "slots": slots, "cos_sin": torch.randn(50, head_dim),
+    }  # fmt: skip
 
 
 # Tiles, split, blocks; rows, outputs, inputs: whole, and split. Rings are filled once, or go round; the last tile is

@@ -191,7 +191,7 @@ def test_ops_measures_every_op(tiny_ops, capsys) -> None:
                 "bfloat16", "--device", "cpu"])  # fmt: skip
     report = last_line(capsys)
     rows, read, flops = report["results"], report["machine"]["read_gb_per_s"], report["machine"]["tflop_per_s"]
-    for_gpus = {"thin_gated_linear", "tile_linear", "tall_gated_linear"}
+    for_gpus = {"thin_gated_linear", "thin_qkv", "tile_linear", "tall_gated_linear"}
     assert {row["op"].split()[0] for row in rows} == nanoinfer.ops.SCHEMAS.keys() - for_gpus | {"linear"}
     assert {row["step"] for row in rows} == {"decode 1", "decode 20", "prefill"}
     assert all(row["microseconds"] > 0 for row in rows)

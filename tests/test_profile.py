@@ -80,6 +80,6 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_true_step_has_every_kind_of_kernel() -> None:
     with open_target(None, None, "cuda", "bfloat16") as target:
-        found = profile.measure(target, {}, 2, 20)
+        found = profile.measure(target, {}, 20, 20)  # of fewer rows, queries and keys are rotated by their product
     assert found.plain_us > 0
     assert {"linear", "attention", "norm", "rotary and store", "sampling"} <= found.costs().keys()

@@ -69,6 +69,83 @@ Tensor thin_gated_linear(const Tensor& x, const Tensor& weight) {
     return gated_by_thin_rows(op, x, weight);
 }
 
+// What becomes of a row's queries, keys and values.
+cuda::RotaryStoreKv rotation(const char* op, const Tensor& x, const Tensor& weight, const Tensor& kv,
+                             const Tensor& positions, const Tensor& slots, const Tensor& cos_sin) {
+    Want(op, "kv", kv).dtype(x.scalar_type()).shape({-1, 2, -1, -1, -1}).dense(0).same_device(x);
+    Want(op, "positions", positions).dtype(ScalarType::Int).shape({x.size(0)}).dense(0).same_device(x);
+    Want(op, "slots", slots).dtype(ScalarType::Int).shape({x.size(0)}).dense(0).same_device(x);
+    const int64_t kv_heads = kv.size(2), head_dim = kv.size(4), heads = weight.size(0) / head_dim;
+    Want(op, "cos_sin", cos_sin).dtype(ScalarType::Float).shape({-1, head_dim}).dense(0).same_device(x);
+    require(head_dim % 2 == 0, op, ": kv must have heads of an even size, got ", head_dim);
+    require(weight.size(0) % head_dim == 0 && heads >= 2 * kv_heads, op, ": weight must have rows for whole heads, ",
+            2 * kv_heads, " of ", head_dim, " for kv among them, got ", weight.size(0));
+    return {
+        .kv = kv.data_ptr(),
+        .tokens = x.size(0),
+        .q_heads = int(heads - 2 * kv_heads),
+        .kv_heads = int(kv_heads),
+        .head_dim = int(head_dim),
+        .block_size = int(kv.size(3)),
+        .q_stride = (heads - 2 * kv_heads) * head_dim,
+        .num_slots = kv.size(0) * kv.size(3),
+        .slots = ints(slots),
+        .positions = ints(positions),
+        .cos_sin = static_cast<const float*>(cos_sin.data_ptr()),
+        .num_positions = cos_sin.size(0),
+        .rotary_dim = int(head_dim),
+    };
+}
+
+// In plain floats the two halves one after the other; queries apart from keys and values.
+void float_qkv(const char* op, const Tensor& x, const cuda::ThinLinear& params) {
+    cuda::RotaryStoreKv rotary = params.rotary;
+    cuda::ThinLinear queries = params, others = params;
+    queries.rotary = others.rotary = {};
+    queries.out = rotary.q;
+    queries.out_dim = rotary.q_stride;
+    const int64_t part = int64_t(rotary.kv_heads) * rotary.head_dim;
+    const Tensor rest = empty({x.size(0), 2 * part}, x);
+    others.out = rest.data_ptr();
+    others.out_dim = 2 * part;
+    others.weight = static_cast<const float*>(params.weight) + queries.out_dim * params.weight_stride;
+    if (params.bias) others.bias = static_cast<const float*>(params.bias) + queries.out_dim;
+    rotary.k = others.out;
+    rotary.v = static_cast<const float*>(others.out) + part;
+    rotary.k_stride = rotary.v_stride = 2 * part;
+    launch(op, x, cuda::thin_linears<float>, queries);
+    launch(op, x, cuda::thin_linears<float>, others);
+    launch(op, x, cuda::rotary_store_kv<float>, rotary);
+}
+
+Tensor thin_qkv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& kv,
+                const Tensor& positions, const Tensor& slots, const Tensor& cos_sin) {
+    const char* op = "thin_qkv";
+    check(op, x, weight, bias);
+    check_thin(op, x);
+    cuda::ThinLinear params = {
+        .x = x.data_ptr(),
+        .weight = weight.data_ptr(),
+        .bias = bias ? bias->data_ptr() : nullptr,
+        .rows = int(x.size(0)),
+        .dim = x.size(1),
+        .out_dim = weight.size(0) / 2,
+        .x_stride = x.stride(0),
+        .weight_stride = weight.stride(0),
+        .rotary = rotation(op, x, weight, kv, positions, slots, cos_sin),
+    };
+    Tensor q = empty({x.size(0), params.rotary.q_heads, params.rotary.head_dim}, x);
+    params.rotary.q = q.data_ptr();
+    if (x.scalar_type() == ScalarType::Float) {
+        float_qkv(op, x, params);
+    } else if (x.scalar_type() == ScalarType::Half) {
+        launch(op, x, cuda::thin_linears<__half>, params);
+    } else {
+        launch(op, x, cuda::thin_linears<__nv_bfloat16>, params);
+    }
+    return q;
+}
+
 void check_tiles(const cuda::TileLinear& p, bool bias) {
     require(!p.gated || p.weight_rows % 2 == 0, "tile_linear: gated, weight must have an even number of rows, got ",
             p.weight_rows);
@@ -169,6 +246,7 @@ Tensor tall_gated_linear(const Tensor& x, const Tensor& weight, int64_t cols, in
 STABLE_TORCH_LIBRARY_IMPL(nanoinfer, CUDA, m) {
     m.impl("thin_linear", TORCH_BOX(&thin_linear));
     m.impl("thin_gated_linear", TORCH_BOX(&thin_gated_linear));
+    m.impl("thin_qkv", TORCH_BOX(&thin_qkv));
     m.impl("tile_linear", TORCH_BOX(&tile_linear));
     m.impl("tall_gated_linear", TORCH_BOX(&tall_gated_linear));
     m.impl("has_tiles", TORCH_BOX(&has_tiles));

@@ -12,10 +12,12 @@
 // for them to be brought to the second cache, and load them from there once x had come, took a step of 0.5B 5 % longer.
 //
 // Gated, a block multiplies 8 gate rows of the weights and their 8 up rows, and writes silu(gate) * up of the sums,
-// both rounded before: bit for bit what thin_linear and silu_and_mul give one after the other.
+// both rounded before: bit for bit what thin_linear and silu_and_mul give one after the other. Likewise rotated: 8 rows
+// of a head of queries, keys or values, and the 8 that these make pairs with.
 //
 // A Qwen2 layer's eight ops besides attention, one captured after the other, us a layer on an H200, bf16, with these
-// products / with cuBLAS's, SiLU still by itself (together with gate_up, 0.5B's row takes 1.3 us less):
+// products / with cuBLAS's, SiLU and rotation still by themselves, weights but asked for ahead (0.5B's step of one row
+// took 0.71 ms then, and takes 0.59 now):
 //   rows      0.5B           1.5B             7B
 //      1   20.3 / 29.2    37.4 / 47.3    131.3 / 136.6
 //      8   22.2 / 29.2    40.5 / 46.3    137.1 / 139.4
@@ -26,6 +28,7 @@
 
 #include "activation.cuh"
 #include "launch.cuh"
+#include "rotary.cuh"
 #include "vec.cuh"
 
 namespace nanoinfer::cuda {
@@ -39,7 +42,12 @@ struct ThinLinear {
     int64_t dim, out_dim, x_stride, weight_stride;
     bool float_out;
     bool gated;  // neither with a bias nor with float_out, and not for floats
+    // Where rotary.kv is set, results are those of a row's queries, keys and values, and go to rotary.q and rotary.kv.
+    RotaryStoreKv rotary;
 };
+
+// What becomes of a block's sums: results as they are, silu(gate) * up, or rotated queries, keys and values.
+enum class ThinKind { kPlain, kGated, kRotated };
 
 constexpr int kThinRows = 16;  // rows of an mma's left matrix
 constexpr int kTileCols = 8;   // weight rows of an mma's right matrix
@@ -95,12 +103,15 @@ __device__ inline uint4 load_eight(const uint16_t* row, int k, int dim) {
     }
 }
 
-// The weight row that is number `i` of a block's: gated, the second 8 are the ups of the first. Rows that are not there
-// are read as the last one that is: their sums go nowhere.
-template <int kCols, bool kGated>
+// The weight row that is number `i` of a block's: gated, the second 8 are the ups of the first; rotated, they are what
+// these make pairs with. Rows that are not there are read as the last one that is: their sums go nowhere.
+template <int kCols, ThinKind kKind>
 __device__ inline int64_t weight_row(const ThinLinear& p, int i) {
-    if constexpr (kGated) {
-        return min(int64_t(blockIdx.x) * kTileCols + i % kTileCols, p.out_dim - 1) + i / kTileCols * p.out_dim;
+    const int64_t pair = min(int64_t(blockIdx.x) * kTileCols + i % kTileCols, p.out_dim - 1);
+    if constexpr (kKind == ThinKind::kGated) return pair + i / kTileCols * p.out_dim;
+    if constexpr (kKind == ThinKind::kRotated) {
+        const int head_dim = p.rotary.head_dim, half = head_dim / 2;
+        return pair / half * head_dim + pair % half + i / kTileCols * half;
     }
     return min(int64_t(blockIdx.x) * kCols * kTileCols + i, p.out_dim - 1);
 }
@@ -108,7 +119,7 @@ __device__ inline int64_t weight_row(const ThinLinear& p, int i) {
 // The sums of the block's kCols x 8 weight rows with all rows of x, along slices `slice`, slice + split, ... of k. The
 // first weights are asked for before earlier kernels have ended.
 // kBoth: x has more than 8 rows. Those that are not there are, again, read as the last one that is.
-template <typename T, int kCols, bool kBoth, bool kAligned, bool kGated>
+template <typename T, int kCols, bool kBoth, bool kAligned, ThinKind kKind>
 __device__ inline void multiply(const ThinLinear& p, int slice, int split, float (&sums)[kCols][4]) {
     // In an mma's registers, lane 4 g + t holds numbers of x's rows g and g + 8 and of the weights' row g.
     constexpr int kAhead = kAligned ? kLoads / kCols : 1;  // slices at once
@@ -118,7 +129,7 @@ __device__ inline void multiply(const ThinLinear& p, int slice, int split, float
     const uint16_t* high = static_cast<const uint16_t*>(p.x) + min(g + 8, last) * p.x_stride;
     const uint16_t* weight[kCols];
     for (int c = 0; c < kCols; ++c) {
-        const int64_t row = weight_row<kCols, kGated>(p, c * kTileCols + g);
+        const int64_t row = weight_row<kCols, kKind>(p, c * kTileCols + g);
         weight[c] = static_cast<const uint16_t*>(p.weight) + row * p.weight_stride;
     }
     uint4 w[kAhead][kCols];
@@ -168,16 +179,49 @@ __device__ inline float add_parts(const float* parts, int apart, int split) {
     return sum;
 }
 
+// A pair of a row's queries, keys or values, as rotary_store_kv would turn and store it.
+template <typename T>
+__device__ inline void write_pair(const ThinLinear& p, int row, int64_t pair, float first, float second) {
+    const RotaryStoreKv& r = p.rotary;
+    const int half = r.head_dim / 2, head = int(pair / half), i = int(pair % half), position = r.positions[row];
+    const int64_t col = int64_t(head) * r.head_dim + i;
+    if (p.bias) {
+        first += to_float(static_cast<const T*>(p.bias)[col]);
+        second += to_float(static_cast<const T*>(p.bias)[col + half]);
+    }
+    float a = to_float(from_float<T>(first)), b = to_float(from_float<T>(second));
+    const bool known = position >= 0 && position < r.num_positions;
+    if (known && head < r.q_heads + r.kv_heads) {
+        const float* angles = r.cos_sin + int64_t(position) * r.rotary_dim + i;
+        const float cos = angles[0], sin = angles[half], turned = fmaf(a, cos, -(b * sin));
+        b = fmaf(b, cos, a * sin);
+        a = turned;
+    }
+    T* to;
+    if (head < r.q_heads) {
+        to = static_cast<T*>(r.q) + row * r.q_stride + col;
+    } else {
+        const int slot = r.slots[row], value = head >= r.q_heads + r.kv_heads;
+        if (!known || slot < 0 || slot >= r.num_slots) return;
+        const int kv_head = head - r.q_heads - value * r.kv_heads;
+        const int64_t tile = int64_t(slot / r.block_size * 2 + value) * r.kv_heads + kv_head;
+        to = static_cast<T*>(r.kv) + (tile * r.block_size + slot % r.block_size) * r.head_dim + i;
+    }
+    to[0] = from_float<T>(a);
+    to[half] = from_float<T>(b);
+}
+
 // kCols: times 8 weight rows, that a warp takes with one load of x. At most 128 registers a thread, as the largest
 // block needs; or the compiler saves registers, and has fewer loads under way.
-template <typename T, int kCols, bool kBoth, bool kAligned, bool kGated>
+template <typename T, int kCols, bool kBoth, bool kAligned, ThinKind kKind>
 __global__ void __launch_bounds__(kMaxSplit* kWarp, 1) thin_linear_kernel(const __grid_constant__ ThinLinear p) {
-    constexpr int kTile = kCols * kTileCols, kWide = kGated ? kTileCols : kTile;  // sums of a row, results
+    constexpr bool kPlain = kKind == ThinKind::kPlain;
+    constexpr int kTile = kCols * kTileCols, kWide = kPlain ? kTile : kTileCols;  // sums of a row, results or pairs
     extern __shared__ float partial[];                                            // [split, kThinRows, kTile]
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, split = blockDim.x / kWarp;
     let_next_kernel_start();
     float sums[kCols][4] = {};
-    multiply<T, kCols, kBoth, kAligned, kGated>(p, warp, split, sums);
+    multiply<T, kCols, kBoth, kAligned, kKind>(p, warp, split, sums);
     for (int c = 0; c < kCols; ++c) {
         for (int i = 0; i < 4; ++i) {
             const int row = lane / 4 + i / 2 * 8, col = c * kTileCols + lane % 4 * 2 + i % 2;
@@ -190,12 +234,17 @@ __global__ void __launch_bounds__(kMaxSplit* kWarp, 1) thin_linear_kernel(const 
         const int64_t col = int64_t(blockIdx.x) * kWide + i % kWide;
         if (col >= p.out_dim) continue;
         const float* parts = partial + row * kTile + i % kWide;
-        float sum = add_parts(parts, kThinRows * kTile, split);
-        if constexpr (kGated) {
-            const float up = add_parts(parts + kTileCols, kThinRows * kTile, split);
-            sum = swiglu(to_float(from_float<T>(sum)), to_float(from_float<T>(up)));
+        const float sum = add_parts(parts, kThinRows * kTile, split);
+        if constexpr (kPlain) {
+            write_sum<T>(p, row, col, sum);
+        } else {
+            const float other = add_parts(parts + kTileCols, kThinRows * kTile, split);
+            if constexpr (kKind == ThinKind::kGated) {
+                write_sum<T>(p, row, col, swiglu(to_float(from_float<T>(sum)), to_float(from_float<T>(other))));
+            } else {
+                write_pair<T>(p, row, col, sum, other);
+            }
         }
-        write_sum<T>(p, row, col, sum);
     }
 }
 
@@ -242,22 +291,26 @@ __global__ void __launch_bounds__(kFloatsThreads) thin_linear_floats_kernel(cons
     }
 }
 
-template <typename T, int kCols, bool kBoth, bool kGated = false>
+template <typename T, int kCols, bool kBoth, ThinKind kKind = ThinKind::kPlain>
 cudaError_t launch_thin_linear(const ThinLinear& p, int split, cudaStream_t stream) {
     const bool aligned =
         p.dim % kFullVec<T> == 0 && fits_vectors<T>(p.x, p.x_stride) && fits_vectors<T>(p.weight, p.weight_stride);
-    const auto kernel = aligned ? thin_linear_kernel<T, kCols, kBoth, true, kGated>
-                                : thin_linear_kernel<T, kCols, kBoth, false, kGated>;
+    const auto kernel =
+        aligned ? thin_linear_kernel<T, kCols, kBoth, true, kKind> : thin_linear_kernel<T, kCols, kBoth, false, kKind>;
     const size_t shared = split * kThinRows * kCols * kTileCols * sizeof(float);
-    const int64_t blocks = ceil_div(p.out_dim, kGated ? kTileCols : kCols * kTileCols);
+    const int64_t blocks = ceil_div(p.out_dim, kKind == ThinKind::kPlain ? kCols * kTileCols : kTileCols);
     return launch_kernel(kernel, dim3(blocks), split * kWarp, shared, stream, p);
 }
 
 template <typename T>
 cudaError_t launch_thin_linear(const ThinLinear& p, const ThinPlan& plan, cudaStream_t stream) {
     if (p.gated) {
-        return p.rows > 8 ? launch_thin_linear<T, 2, true, true>(p, plan.split, stream)
-                          : launch_thin_linear<T, 2, false, true>(p, plan.split, stream);
+        return p.rows > 8 ? launch_thin_linear<T, 2, true, ThinKind::kGated>(p, plan.split, stream)
+                          : launch_thin_linear<T, 2, false, ThinKind::kGated>(p, plan.split, stream);
+    }
+    if (p.rotary.kv) {
+        return p.rows > 8 ? launch_thin_linear<T, 2, true, ThinKind::kRotated>(p, plan.split, stream)
+                          : launch_thin_linear<T, 2, false, ThinKind::kRotated>(p, plan.split, stream);
     }
     if (p.rows > 8) return launch_thin_linear<T, 2, true>(p, plan.split, stream);
     return plan.cols == 1 ? launch_thin_linear<T, 1, false>(p, plan.split, stream)
@@ -268,7 +321,8 @@ cudaError_t launch_thin_linear(const ThinLinear& p, const ThinPlan& plan, cudaSt
 // and 7B in a model's step on an H200 (132 SMs), 1 and 8 rows. The fewer tiles there are for an SM, the more warps have
 // to share one to keep the memory busy; where there are many, small blocks even out what the SMs get.
 inline ThinPlan plan_thin_linear(const ThinLinear& p) {
-    const int64_t tiles = ceil_div(p.gated ? 2 * p.out_dim : p.out_dim, 2 * kTileCols);
+    const bool pairs = p.gated || p.rotary.kv;
+    const int64_t tiles = ceil_div(pairs ? 2 * p.out_dim : p.out_dim, 2 * kTileCols);
     if (tiles > 4096) return {1, p.dim < 2048 ? 2 : 4};
     if (tiles > 528) return {2, 4};
     if (tiles > 132) return {2, 8};

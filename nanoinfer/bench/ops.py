@@ -181,6 +181,14 @@ def _attention_cases(
         "paged_attention", lambda: ops.paged_attention(q, kv, *tables, head_dim**-0.5),
         2 * queries + cached, 4 * heads * head_dim * pairs,
     )  # fmt: skip
+    x = made(count, heads * head_dim)
+    if ops.takes_thin("thin_qkv", x):  # in place of a linear and rotary_store_kv
+        weight = made((heads + 2 * kv_heads) * head_dim, heads * head_dim)
+        moved = (weight.numel() + x.numel()) * x.element_size() + queries + 2 * keys
+        yield Case(
+            "thin_qkv", lambda: ops.thin_qkv(x, weight, None, kv, batch.positions, batch.slots, angles),
+            moved, 2 * count * weight.numel(),
+        )  # fmt: skip
 
 
 def _product(x: Tensor, weight: Tensor, gated: bool, wide: bool) -> str:

@@ -20,10 +20,9 @@ class Attention(nn.Module):
         self, config: ModelConfig, window: int, *, qkv_bias: bool, device: torch.device, dtype: torch.dtype, tp: TP
     ) -> None:
         super().__init__()
-        heads, kv_heads = tp.split(config.num_heads, "attention heads"), tp.split(config.num_kv_heads, "KV heads")
-        self.heads = [heads, kv_heads, kv_heads]
-        self.head_dim, self.window = config.head_dim, window
-        self.scale = config.head_dim**-0.5
+        tp.split(config.num_heads, "attention heads")
+        tp.split(config.num_kv_heads, "KV heads")
+        self.window, self.scale = window, config.head_dim**-0.5
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         parts = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
         self.qkv_proj = MergedColumnLinear(config.hidden_size, parts, bias=qkv_bias, device=device, dtype=dtype, tp=tp)
@@ -31,8 +30,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, batch: Batch, kv: Tensor, rope: Tensor) -> Tensor:
         """x [T, hidden]; kv [blocks, 2, Hkv, block_size, D], this layer's; rope: see `rope_table`. -> [T, hidden]."""
-        q, k, v = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim).split(self.heads, dim=1)
-        ops.rotary_store_kv(q, k, v, kv, batch.positions, batch.slots, rope)
+        q = ops.qkv(x, self.qkv_proj.weight, self.qkv_proj.bias, kv, batch.positions, batch.slots, rope)
         # The batch's writer had ended before this layer began: the embedding between them is torch's kernel, and
         # those start when all before them have ended.
         out = ops.paged_attention(
