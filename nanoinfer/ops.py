@@ -64,9 +64,9 @@ FAKES: dict[str, Callable[..., Tensor]] = {
     "tell_logprobs": lambda logits, rows, tokens, vocab_size, count: tokens.new_empty((len(tokens), 3 + 2 * count)),
 }
 
-# Most rows that `thin_linear` and `thin_gated_linear` take. On two AVX-512 cores a 4864 x 896 bf16 layer takes 234, 357
-# and 668 us for 1, 8 and 16 rows, torch's linear 535, 520 and 543. Sixteen all the same: what it computes for a row
-# does not depend on how many run beside it, which the library does not promise.
+# Most rows that `thin_linear`, `thin_gated_linear` and `thin_qkv` take. On two AVX-512 cores a 4864 x 896 bf16 layer
+# takes 234, 357 and 668 us for 1, 8 and 16 rows, torch's linear 535, 520 and 543. Sixteen all the same: what it
+# computes for a row does not depend on how many run beside it, which the library does not promise.
 THIN_ROWS = 16
 TALL_ROWS = 256  # `tall_gated_linear` is for more, and for some fewer: see tiles.py
 FEW = 32  # most ids for which `tell_logprobs` has a kernel
@@ -206,7 +206,7 @@ def thin_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, float_out
     """x @ weight.T + bias with float32 sums, for few rows. x [M, K], M <= THIN_ROWS; weight [N, K]; bias [N].
 
     Returns [M, N] of x's dtype, or float32 where float_out. It may read weight before the stream's earlier kernels have
-    ended: weight must not be what one of this package's own kernels has just written.
+    ended: none of this package's own may have written it since the last foreign one.
     """
     return _ops.thin_linear(x, weight, bias, float_out)  # type: ignore[no-any-return]
 
@@ -225,7 +225,7 @@ def thin_qkv(
     """`thin_linear` to heads of queries, keys and values, then `rotary_store_kv` of these, bit for bit; the queries.
 
     x [M, K], M <= THIN_ROWS; weight [(Hq + 2 Hkv) D, K], bias [(Hq + 2 Hkv) D]; the rest as there, with cos_sin [P, D]:
-    all of a head is rotated. Returns [M, Hq, D].
+    all of a head is rotated. Returns [M, Hq, D]. When it reads weight, see `thin_linear`.
     """
     return _ops.thin_qkv(x, weight, bias, kv, positions, slots, cos_sin)  # type: ignore[no-any-return]
 
@@ -274,7 +274,7 @@ def tall_tiles(x: Tensor, weight: Tensor) -> GatedTiles | None:
 
 
 def takes_thin(op: str, x: Tensor) -> bool:
-    """Whether x has so few rows that `op` is for it, `thin_linear` or `thin_gated_linear`, and there is a kernel."""
+    """Whether x has so few rows that `op`, one of the thin ones, is for it, and there is a kernel."""
     return x.shape[0] <= THIN_ROWS and x.dtype in HALVES and (op, x.device.type.upper()) in COMPILED
 
 

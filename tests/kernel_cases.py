@@ -122,7 +122,11 @@ def thin() -> Iterator[Case]:
         x, weight, _ = make(*shape, dtype)
         yield Case("thin_gated_linear", f"{SHORT[dtype]} {shape}", {"x": x, "weight": weight})
     for dtype, (rows, dim), bias in product(DTYPES, ((3, 200), (3, 453), (12, 200), (12, 453)), (True, False)):
-        yield Case("thin_qkv", f"{SHORT[dtype]} {rows} {dim}", qkv_arguments(rows, dim, (3, 1, 20), dtype, bias))
+        yield Case(
+            "thin_qkv",
+            f"{SHORT[dtype]} {rows} {dim}{' bias' if bias else ''}",
+            qkv_arguments(rows, dim, (3, 1, 20), dtype, bias),
+        )
 
 
 def qkv_arguments(rows: int, dim: int, layout: Layout, dtype: torch.dtype, bias: bool = True) -> Arguments:

@@ -86,7 +86,7 @@ def test_reads_its_arguments_alone(device: str) -> None:
 
 @pytest.mark.parametrize("device", on_gpu)
 def test_waits_for_what_it_reads(device: str) -> None:
-    """x, positions and slots may be what the kernel just before writes."""
+    """x may be what the kernel just before writes."""
     arguments = on(device, qkv_arguments(4, *SHAPES[0], torch.bfloat16))
     scale, rest = (
         torch.ones(896, device=device).bfloat16(),
@@ -134,6 +134,8 @@ REFUSED: dict[str, Callable[[Arguments], Arguments]] = {
     "weight must have rows for whole heads, .* got 20": lambda a: {"weight": a["weight"][:20], "bias": a["bias"][:20]},
     r"bias must have shape \[80\], got \[79\]": lambda a: {"bias": a["bias"][1:]},
     r"kv must have shape \[any, 2, any, any, any\]": lambda a: {"kv": a["kv"][0]},
+    r"kv must not be empty, got \[0, 2, 1, 4, 20\]": lambda a: {"kv": a["kv"][:0]},
+    r"kv must not be empty, got \[6, 2, 1, 4, 0\]": lambda a: {"kv": a["kv"][..., :0], "cos_sin": a["cos_sin"][:, :0]},
     "kv must have heads of an even size, got 19": lambda a: {
         "kv": a["kv"][..., :19].contiguous(), "cos_sin": a["cos_sin"][:, :19].contiguous(),
     },

@@ -107,7 +107,7 @@ class WholeWalk {
     HopperShared<Shape>& all_;
     Finder<prefill_items<Shape::kRows>> finder_;
     const int thread_;  // of the three warps' threads
-    int odd_ = 0;       // as above
+    int odd_ = 0;       // has the block taken an odd number of items: also the parity of `wanted`
 };
 
 // Three warps: find the items, as `walk` has them, and copy their queries to two places in turn. A place is free when

@@ -7,8 +7,8 @@
 // us in place of 23.2 on an H200, 1.5B's 37.4 in place of 42.0, 7B's 131 in place of 135. Two rules keep it right,
 // whoever wrote the kernel before:
 //   - A kernel reads and writes nothing until wait_for_earlier_kernels() has returned; before that it may work out
-//     addresses, and ask for memory to be brought into the second cache, which changes nothing that anyone can see.
-//     Weights alone it may read before, if its op says that they must not be what a kernel of ours has just written.
+//     addresses. Weights alone it may read before, if its op says that no kernel of ours may have written them since
+//     the last of torch's kernels, which start when all before them have ended.
 //     One op may read more, if its caller says that this was written long before: see tables_ready of paged_attention.
 //   - Every thread of every block calls it: a kernel that ended without would let the next one go on too early.
 

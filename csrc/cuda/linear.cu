@@ -75,6 +75,8 @@ cuda::RotaryStoreKv rotation(const char* op, const Tensor& x, const Tensor& weig
     Want(op, "kv", kv).dtype(x.scalar_type()).shape({-1, 2, -1, -1, -1}).dense(0).same_device(x);
     Want(op, "positions", positions).dtype(ScalarType::Int).shape({x.size(0)}).dense(0).same_device(x);
     Want(op, "slots", slots).dtype(ScalarType::Int).shape({x.size(0)}).dense(0).same_device(x);
+    // kv's address also says that there is one, and an empty tensor has none.
+    require(kv.numel() > 0, op, ": kv must not be empty, got ", bracketed(kv.sizes()));
     const int64_t kv_heads = kv.size(2), head_dim = kv.size(4), heads = weight.size(0) / head_dim;
     Want(op, "cos_sin", cos_sin).dtype(ScalarType::Float).shape({-1, head_dim}).dense(0).same_device(x);
     require(head_dim % 2 == 0, op, ": kv must have heads of an even size, got ", head_dim);

@@ -37,12 +37,14 @@ struct ThinLinear {
     const void* x;       // [rows, dim], rows x_stride apart
     const void* weight;  // [out_dim, dim], rows weight_stride apart; gated: the gates' rows, then as many for ups
     const void* bias;    // [out_dim]; null: none
-    void* out;           // [rows, out_dim], of x's dtype, or float where float_out
+    void* out;           // [rows, out_dim], of x's dtype, or float where float_out; rotated: none
     int rows;            // at most kThinRows
     int64_t dim, out_dim, x_stride, weight_stride;
     bool float_out;
     bool gated;  // neither with a bias nor with float_out, and not for floats
-    // Where rotary.kv is set, results are those of a row's queries, keys and values, and go to rotary.q and rotary.kv.
+    // Where rotary.kv is set, results are a row's queries, keys and values, which go to rotary.q and rotary.kv; out_dim
+    // counts pairs of them, and weight and bias have twice as many rows. Halves alone, whole heads not interleaved, at
+    // most kThinRows rows a call.
     RotaryStoreKv rotary;
 };
 
@@ -59,7 +61,7 @@ constexpr int kLoads = 8;
 
 // How a launch cuts the weights: a block has `cols` x 8 weight rows, of which its `split` warps take turns along k. The
 // split decides the order of additions, and so depends on the weights' shape alone. More than 8 rows of x, and gated
-// weights, take 2 columns whatever the plan.
+// or rotated results, take 2 columns whatever the plan.
 struct ThinPlan {
     int cols, split;
 };

@@ -1,5 +1,8 @@
 """Every op alone, at a real model's sizes: time, GB/s, TFLOP/s, and the share of what the machine can do.
 
+Not every op is in every step: of few rows thin_qkv takes the place of a linear and rotary_store_kv; rotary, store_kv
+and silu_and_mul stand alone only where no other op does their work.
+
 Between two runs of an op a buffer twice the size of the largest cache is written, since in a model's step an op's
 weights and KV come from memory too.
 """

@@ -2,8 +2,9 @@
 
 A kernel may start while the one before still runs, and then wait for it (programmatic dependent launch), so durations
 overlap. What a kernel costs is therefore the time from the end of the one before to its own end; these times and the
-gaps, in which nothing runs, add up to the step. The profiler itself holds up small kernels: what a step takes without
-it is measured first, and told beside.
+gaps, in which nothing runs, add up to the step. Of few rows the product of queries, keys and values rotates and stores
+them as well. The profiler itself holds up small kernels: what a step takes without it is measured first, and told
+beside.
 """
 
 import json

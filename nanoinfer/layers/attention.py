@@ -20,6 +20,7 @@ class Attention(nn.Module):
         self, config: ModelConfig, window: int, *, qkv_bias: bool, device: torch.device, dtype: torch.dtype, tp: TP
     ) -> None:
         super().__init__()
+        # Refuses what ranks cannot share; how many heads there are here, weight and kv say.
         tp.split(config.num_heads, "attention heads")
         tp.split(config.num_kv_heads, "KV heads")
         self.window, self.scale = window, config.head_dim**-0.5
