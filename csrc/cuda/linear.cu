@@ -37,7 +37,7 @@ Tensor by_thin_rows(const char* op, const Tensor& x, const Tensor& weight, const
         .x_stride = x.stride(0),
         .weight_stride = weight.stride(0),
         .float_out = float_out,
-        .gated = gated,
+        .kind = gated ? cuda::ThinKind::kGated : cuda::ThinKind::kPlain,
     };
     with_type(x, [&](auto number) { launch(op, x, cuda::thin_linears<decltype(number)>, params); });
     return out;
@@ -75,11 +75,10 @@ cuda::RotaryStoreKv rotation(const char* op, const Tensor& x, const Tensor& weig
     Want(op, "kv", kv).dtype(x.scalar_type()).shape({-1, 2, -1, -1, -1}).dense(0).same_device(x);
     Want(op, "positions", positions).dtype(ScalarType::Int).shape({x.size(0)}).dense(0).same_device(x);
     Want(op, "slots", slots).dtype(ScalarType::Int).shape({x.size(0)}).dense(0).same_device(x);
-    // kv's address also says that there is one, and an empty tensor has none.
-    require(kv.numel() > 0, op, ": kv must not be empty, got ", bracketed(kv.sizes()));
-    const int64_t kv_heads = kv.size(2), head_dim = kv.size(4), heads = weight.size(0) / head_dim;
+    const int64_t kv_heads = kv.size(2), head_dim = kv.size(4);
     Want(op, "cos_sin", cos_sin).dtype(ScalarType::Float).shape({-1, head_dim}).dense(0).same_device(x);
-    require(head_dim % 2 == 0, op, ": kv must have heads of an even size, got ", head_dim);
+    require(head_dim > 0 && head_dim % 2 == 0, op, ": kv must have heads of an even size, got ", head_dim);
+    const int64_t heads = weight.size(0) / head_dim;
     require(weight.size(0) % head_dim == 0 && heads >= 2 * kv_heads, op, ": weight must have rows for whole heads, ",
             2 * kv_heads, " of ", head_dim, " for kv among them, got ", weight.size(0));
     return {
@@ -103,7 +102,7 @@ cuda::RotaryStoreKv rotation(const char* op, const Tensor& x, const Tensor& weig
 void float_qkv(const char* op, const Tensor& x, const cuda::ThinLinear& params) {
     cuda::RotaryStoreKv rotary = params.rotary;
     cuda::ThinLinear queries = params, others = params;
-    queries.rotary = others.rotary = {};
+    queries.kind = others.kind = cuda::ThinKind::kPlain;
     queries.out = rotary.q;
     queries.out_dim = rotary.q_stride;
     const int64_t part = int64_t(rotary.kv_heads) * rotary.head_dim;
@@ -134,6 +133,7 @@ Tensor thin_qkv(const Tensor& x, const Tensor& weight, const std::optional<Tenso
         .out_dim = weight.size(0) / 2,
         .x_stride = x.stride(0),
         .weight_stride = weight.stride(0),
+        .kind = cuda::ThinKind::kRotated,
         .rotary = rotation(op, x, weight, kv, positions, slots, cos_sin),
     };
     Tensor q = empty({x.size(0), params.rotary.q_heads, params.rotary.head_dim}, x);

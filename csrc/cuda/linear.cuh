@@ -33,23 +33,24 @@
 
 namespace nanoinfer::cuda {
 
-struct ThinLinear {
-    const void* x;       // [rows, dim], rows x_stride apart
-    const void* weight;  // [out_dim, dim], rows weight_stride apart; gated: the gates' rows, then as many for ups
-    const void* bias;    // [out_dim]; null: none
-    void* out;           // [rows, out_dim], of x's dtype, or float where float_out; rotated: none
-    int rows;            // at most kThinRows
-    int64_t dim, out_dim, x_stride, weight_stride;
-    bool float_out;
-    bool gated;  // neither with a bias nor with float_out, and not for floats
-    // Where rotary.kv is set, results are a row's queries, keys and values, which go to rotary.q and rotary.kv; out_dim
-    // counts pairs of them, and weight and bias have twice as many rows. Halves alone, whole heads not interleaved, at
-    // most kThinRows rows a call.
-    RotaryStoreKv rotary;
+// What becomes of a row's sums. kGated, kRotated: of pairs of them, and of halves alone, not of floats.
+enum class ThinKind {
+    kPlain,   // they are the results
+    kGated,   // silu(gate) * up; weights are the gates' rows, then as many for ups; neither a bias nor float_out
+    kRotated  // numbers of queries, keys and values, that go to rotary.q and rotary.kv; `out` is not used
 };
 
-// What becomes of a block's sums: results as they are, silu(gate) * up, or rotated queries, keys and values.
-enum class ThinKind { kPlain, kGated, kRotated };
+struct ThinLinear {
+    const void* x;       // [rows, dim], rows x_stride apart
+    const void* weight;  // [out_dim, dim], rows weight_stride apart; twice as many where there are pairs
+    const void* bias;    // for each of weight's rows; null: none
+    void* out;           // [rows, out_dim], of x's dtype, or float where float_out
+    int rows;            // at most kThinRows
+    int64_t dim, out_dim, x_stride, weight_stride;  // out_dim: results of a row, or pairs that are rotated
+    bool float_out;
+    ThinKind kind;
+    RotaryStoreKv rotary;  // where kRotated; all of a head is rotated, halves of it being pairs
+};
 
 constexpr int kThinRows = 16;  // rows of an mma's left matrix
 constexpr int kTileCols = 8;   // weight rows of an mma's right matrix
@@ -306,11 +307,11 @@ cudaError_t launch_thin_linear(const ThinLinear& p, int split, cudaStream_t stre
 
 template <typename T>
 cudaError_t launch_thin_linear(const ThinLinear& p, const ThinPlan& plan, cudaStream_t stream) {
-    if (p.gated) {
+    if (p.kind == ThinKind::kGated) {
         return p.rows > 8 ? launch_thin_linear<T, 2, true, ThinKind::kGated>(p, plan.split, stream)
                           : launch_thin_linear<T, 2, false, ThinKind::kGated>(p, plan.split, stream);
     }
-    if (p.rotary.kv) {
+    if (p.kind == ThinKind::kRotated) {
         return p.rows > 8 ? launch_thin_linear<T, 2, true, ThinKind::kRotated>(p, plan.split, stream)
                           : launch_thin_linear<T, 2, false, ThinKind::kRotated>(p, plan.split, stream);
     }
@@ -323,8 +324,8 @@ cudaError_t launch_thin_linear(const ThinLinear& p, const ThinPlan& plan, cudaSt
 // and 7B in a model's step on an H200 (132 SMs), 1 and 8 rows. The fewer tiles there are for an SM, the more warps have
 // to share one to keep the memory busy; where there are many, small blocks even out what the SMs get.
 inline ThinPlan plan_thin_linear(const ThinLinear& p) {
-    const bool pairs = p.gated || p.rotary.kv;
-    const int64_t tiles = ceil_div(pairs ? 2 * p.out_dim : p.out_dim, 2 * kTileCols);
+    const int64_t weight_rows = p.kind == ThinKind::kPlain ? p.out_dim : 2 * p.out_dim;
+    const int64_t tiles = ceil_div(weight_rows, 2 * kTileCols);
     if (tiles > 4096) return {1, p.dim < 2048 ? 2 : 4};
     if (tiles > 528) return {2, 4};
     if (tiles > 132) return {2, 8};
@@ -340,7 +341,7 @@ cudaError_t thin_linear(const ThinLinear& p, cudaStream_t stream) {
     return launch_kernel(kernel, dim3(ceil_div(p.out_dim, kFloatsWarps)), kFloatsThreads, 0, stream, p);
 }
 
-// Any number of rows, kThinRows at a time.
+// Any number of rows, kThinRows at a time; rotated, these at most.
 template <typename T>
 cudaError_t thin_linears(const ThinLinear& whole, cudaStream_t stream) {
     const int64_t out_size = whole.float_out ? sizeof(float) : sizeof(T);
