@@ -202,8 +202,12 @@ def random_step(generator: torch.Generator, rows: int, width: int) -> dict[str, 
     return {name: part.int() for name, part in message.items()}
 
 
-def test_tables_are_read_early_but_not_too_early() -> None:
-    """A captured chain as the engine's, replayed with other rows, lengths and block tables: none is an older step's."""
+@pytest.mark.parametrize("fused", [True, False])
+def test_tables_are_read_early_but_not_too_early(fused: bool) -> None:
+    """A captured chain as the engine's, replayed with other rows, lengths and block tables: none is an older step's.
+
+    fused: what stands ahead of attention is one kernel for few rows, or two kernels for more.
+    """
     rows, width, heads, kv_heads, dim = 8, 100, 14, 2, 64
     generator = torch.Generator().manual_seed(0)
     random = torch.Generator("cuda").manual_seed(0)
@@ -220,6 +224,7 @@ def test_tables_are_read_early_but_not_too_early() -> None:
     kv = torch.randn(3, rows * width, 2, kv_heads, 16, dim, device="cuda", generator=random).bfloat16()
     weight = torch.randn(100, (heads + 2 * kv_heads) * dim, device="cuda", generator=random).bfloat16()
     angles = torch.randn(16 * width, dim, device="cuda", generator=random)
+    project = torch.randn(2 * [weight.shape[1]], device="cuda", generator=random).bfloat16() / 32
 
     def attend(q: torch.Tensor, layer: torch.Tensor, ready: bool) -> torch.Tensor:
         tables = (batch[name] for name in ("q_starts", "kv_lens", "rows", "block_tables"))
@@ -230,8 +235,12 @@ def test_tables_are_read_early_but_not_too_early() -> None:
         x, results = F.embedding(batch["tokens"], weight), []
         for layer in kv:
             x = ops.rms_norm(x, weight[0], 1e-6)
-            q, k, v = x.view(rows, -1, dim).split([heads, kv_heads, kv_heads], 1)
-            ops.rotary_store_kv(q, k, v, layer, batch["positions"], batch["slots"], angles)
+            where = (layer, batch["positions"], batch["slots"], angles)
+            if fused:
+                q = ops.thin_qkv(x, project, None, *where)
+            else:
+                q, k, v = x.view(rows, -1, dim).split([heads, kv_heads, kv_heads], 1)
+                ops.rotary_store_kv(q, k, v, *where)
             results.append((q, attend(q, layer, ready=True)))
         return results
 

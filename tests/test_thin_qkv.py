@@ -6,12 +6,14 @@ import pytest
 import torch
 from kernel_cases import qkv_arguments
 from op_helpers import DTYPES, assert_error, assert_waits, bits
+from test_cuda import random_message
 from test_tall_gated_linear import HALVES, aligned, on_gpu
 from test_thin_linear import ALL_ROWS, poisoned
 from torch import Tensor
 
 from nanoinfer import ops, reference
 from nanoinfer.check import Arguments
+from nanoinfer.row_state import FLAG_STORE
 
 # Inputs; query heads, KV heads, head dimension: Qwen2.5's, then what does not fill tiles or vectors.
 SHAPES = [
@@ -62,15 +64,22 @@ def test_error_is_at_most_twice_torchs(device: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("device", on_gpu)
 def test_a_row_depends_on_itself_alone(device: str) -> None:
-    """Bit-equal results alone and among any number of other rows."""
+    """Bit-equal queries, keys and values alone and among any number of other rows."""
+    per_row = ("x", "positions", "slots")
     for dim, layout in (SHAPES[0], SHAPES[3]):
         whole = on(device, qkv_arguments(ops.THIN_ROWS, dim, layout, torch.bfloat16))
-        per_row = ("x", "positions", "slots")
-        alone = torch.cat([ops.thin_qkv(**{k: v[i : i + 1] if k in per_row else v for k, v in whole.items()})
-                           for i in range(ops.THIN_ROWS)])  # fmt: skip
-        for rows in ALL_ROWS:
-            first = {k: v[:rows] if k in per_row else v for k, v in whole.items()}
-            assert torch.equal(ops.thin_qkv(**first), alone[:rows]), rows
+
+        def some(rows: slice, whole: Arguments = whole) -> tuple[Tensor, Tensor]:
+            part = on(device, {k: v[rows] if k in per_row else v for k, v in whole.items()})
+            return ops.thin_qkv(**part), part["kv"]
+
+        alone = [some(slice(i, i + 1)) for i in range(ops.THIN_ROWS)]
+        kv = whole["kv"]
+        for i in ALL_ROWS:
+            kv = torch.where(alone[i - 1][1] != whole["kv"], alone[i - 1][1], kv)  # what the first i rows leave there
+            queries, together = some(slice(i))
+            assert torch.equal(queries, torch.cat([q for q, _ in alone[:i]])), i
+            assert torch.equal(together, kv), i
 
 
 @pytest.mark.parametrize("device", on_gpu)
@@ -86,19 +95,24 @@ def test_reads_its_arguments_alone(device: str) -> None:
 
 @pytest.mark.parametrize("device", on_gpu)
 def test_waits_for_what_it_reads(device: str) -> None:
-    """x may be what the kernel just before writes."""
+    """x, positions and slots may be what the kernel just before writes."""
     arguments = on(device, qkv_arguments(4, *SHAPES[0], torch.bfloat16))
-    scale, rest = (
-        torch.ones(896, device=device).bfloat16(),
-        {k: v for k, v in arguments.items() if k not in ("x", "kv")},
-    )
+    step, scale = on(device, random_message(4, 4)), torch.ones(896, device=device).bfloat16()
+    row, flags = torch.arange(4), torch.full((4,), FLAG_STORE)
+    # Of a token each, at another position and slot every time.
+    chunks = [torch.stack((row, row + i, row + i + 1, flags), 1).int().to(device) for i in range(8)]
+    read = {name: step[name][:4] for name in ("positions", "slots")}
+    rest = {k: arguments[k] for k in ("weight", "bias", "cos_sin")}
 
     def chain(after: Callable[[], None]) -> Tensor:
-        h, kv = arguments["x"], arguments["kv"].clone()
+        h, kv = arguments["x"], torch.zeros(40, 2, 2, 4, 64, device=device).bfloat16()
         for i in range(30):
             h = ops.rms_norm(h * 1 if i % 3 == 0 else h, scale, 1e-6)  # or after a foreign kernel
             after()
-            h = ops.thin_qkv(h, kv=kv, **rest).flatten(1)
+            if i % 2 == 0:
+                ops.prepare_batch(**{**step, "chunks": chunks[i // 2 % 8]})
+                after()
+            h = ops.thin_qkv(h, kv=kv, **read, **rest).flatten(1)
             after()
         return torch.cat((h.flatten(), kv.flatten()))
 
@@ -107,17 +121,19 @@ def test_waits_for_what_it_reads(device: str) -> None:
 
 @pytest.mark.parametrize("device", on_gpu)
 def test_empty_sizes(device: str) -> None:
-    """No rows; no inputs, whose sum is the bias; and no heads for queries."""
-    arguments = on(device, qkv_arguments(3, 40, (2, 1, 20), torch.float16))
-    assert ops.thin_qkv(**{**arguments, **{k: arguments[k][:0] for k in ("x", "positions", "slots")}}).shape == (
-        0,
-        2,
-        20,
-    )
-    nothing = {**arguments, "x": arguments["x"][:, :0], "weight": arguments["weight"][:, :0]}
-    assert torch.equal(ops.thin_qkv(**nothing), two_halves(*on(device, nothing).values()))
-    keys = {**arguments, "weight": arguments["weight"][40:], "bias": arguments["bias"][40:]}
-    assert ops.thin_qkv(**keys).shape == (3, 0, 20)
+    """No rows; no inputs, whose sum is the bias; no heads for queries, or none but these; a cache without slots."""
+    whole = on(device, qkv_arguments(3, 40, (2, 1, 20), torch.float16))
+    none, few = whole["x"][:, :0], whole["weight"][:, :0]
+    changes = [
+        {k: whole[k][:0] for k in ("x", "positions", "slots")}, {"x": none, "weight": few},
+        {"weight": whole["weight"][40:], "bias": whole["bias"][40:]},
+        {"weight": whole["weight"][:40], "bias": whole["bias"][:40], "kv": whole["kv"][:, :, :0]},
+        {"kv": whole["kv"][:0]},
+    ]  # fmt: skip
+    for change in changes:
+        arguments, halves = (on(device, whole | change) for _ in range(2))
+        assert torch.equal(ops.thin_qkv(**arguments), two_halves(*halves.values()))
+        assert torch.equal(arguments["kv"], halves["kv"])
 
 
 def test_opcheck(device: str) -> None:
@@ -134,8 +150,7 @@ REFUSED: dict[str, Callable[[Arguments], Arguments]] = {
     "weight must have rows for whole heads, .* got 20": lambda a: {"weight": a["weight"][:20], "bias": a["bias"][:20]},
     r"bias must have shape \[80\], got \[79\]": lambda a: {"bias": a["bias"][1:]},
     r"kv must have shape \[any, 2, any, any, any\]": lambda a: {"kv": a["kv"][0]},
-    r"kv must not be empty, got \[0, 2, 1, 4, 20\]": lambda a: {"kv": a["kv"][:0]},
-    r"kv must not be empty, got \[6, 2, 1, 4, 0\]": lambda a: {"kv": a["kv"][..., :0], "cos_sin": a["cos_sin"][:, :0]},
+    "kv must have heads of an even size, got 0": lambda a: {"kv": a["kv"][..., :0], "cos_sin": a["cos_sin"][:, :0]},
     "kv must have heads of an even size, got 19": lambda a: {
         "kv": a["kv"][..., :19].contiguous(), "cos_sin": a["cos_sin"][:, :19].contiguous(),
     },
@@ -168,5 +183,8 @@ def test_qkv_is_the_same_with_and_without_it(monkeypatch, device: str, rows: int
         ops.rotary_store_kv(q, k, v, *list(plain.values())[3:])
         torch.testing.assert_close(ops.qkv(**arguments), q)
         torch.testing.assert_close(arguments["kv"], plain["kv"])
-        ops.qkv(**{**arguments, "cos_sin": arguments["cos_sin"][:, :18].contiguous()})
+        partly = {"cos_sin": arguments["cos_sin"][:, :18].contiguous()}
+        q = q.clone().copy_(ops.linear(plain["x"], plain["weight"], plain["bias"]).view(rows, -1, 20)[:, :3])
+        ops.rotary(q, plain["positions"], partly["cos_sin"])
+        torch.testing.assert_close(ops.qkv(**arguments | partly), q)
     assert asked == ([torch.bfloat16] if rows == 3 else [])
