@@ -1,5 +1,6 @@
 """Layers: RoPE tables against Hugging Face's, and how linear layers are cut over ranks."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,10 @@ import torch
 from transformers import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
+from nanoinfer.bench.target import DEMO
 from nanoinfer.config import ROPE_TYPES, ModelConfig
 from nanoinfer.errors import ModelLoadError
+from nanoinfer.layers.attention import Attention
 from nanoinfer.layers.embedding import LMHead, VocabEmbedding
 from nanoinfer.layers.linear import ColumnLinear, MergedColumnLinear, RowLinear
 from nanoinfer.layers.norm import RMSNorm
@@ -108,6 +111,15 @@ def test_cut_rows() -> None:
         part.tp = TP(rank)
         total += part(x.chunk(3, 1)[rank])
     torch.testing.assert_close(total, whole(x))
+
+
+def test_whole_heads_alone_are_shared() -> None:
+    """Two KV heads of 128 numbers are not split over four ranks, though their 256 outputs could be."""
+    demo = ModelConfig.from_dir(DEMO)
+    for heads, kv_heads, what in ((4, 2, "2 KV heads"), (6, 4, "6 attention heads")):
+        config = replace(demo, num_heads=heads, num_kv_heads=kv_heads, head_dim=128)
+        with pytest.raises(ModelLoadError, match=f"{what} cannot be split over 4 ranks"):
+            Attention(config, 0, qkv_bias=True, tp=TP(1, 4), **ON_CPU)
 
 
 def test_split_refuses() -> None:
