@@ -308,7 +308,7 @@ def qkv(
     kv_heads, head_dim = kv.shape[2], kv.shape[4]
     if takes_thin("thin_qkv", x) and cos_sin.shape[1] == head_dim:
         return thin_qkv(x, weight, bias, kv, positions, slots, cos_sin)
-    heads = linear(x, weight, bias).view(x.shape[0], -1, head_dim)
+    heads: Tensor = linear(x, weight, bias).unflatten(1, (-1, head_dim))
     q, k, v = heads.tensor_split((heads.shape[1] - 2 * kv_heads, heads.shape[1] - kv_heads), dim=1)
     rotary_store_kv(q, k, v, kv, positions, slots, cos_sin)
     return q

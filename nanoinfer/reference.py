@@ -159,7 +159,7 @@ def thin_gated_linear(x: Tensor, weight: Tensor) -> Tensor:
 def thin_qkv(
     x: Tensor, weight: Tensor, bias: Tensor | None, kv: Tensor, positions: Tensor, slots: Tensor, cos_sin: Tensor
 ) -> Tensor:
-    heads = thin_linear(x, weight, bias, False).view(x.shape[0], -1, kv.shape[4])
+    heads: Tensor = thin_linear(x, weight, bias, False).unflatten(1, (-1, kv.shape[4]))
     q, k, v = heads.tensor_split((heads.shape[1] - 2 * kv.shape[2], heads.shape[1] - kv.shape[2]), dim=1)
     rotary_store_kv(q, k, v, kv, positions, slots, cos_sin, False)
     return q.contiguous()
