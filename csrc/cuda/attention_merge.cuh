@@ -70,6 +70,7 @@ template <typename T, int D>
 __global__ void __launch_bounds__(MergeShape<D>::kThreads) merge_kernel(const __grid_constant__ PagedAttention p) {
     using Shape = MergeShape<D>;
     __shared__ Share shares[Shape::kWays][Shape::kLanes];
+    let_next_kernel_start();  // a product, whose first weights come while attention runs
     LoadedChunk loaded;
     load_chunk(p, blockIdx.y, loaded);
     const Chunk chunk = loaded.check(p, blockIdx.y);
@@ -79,7 +80,6 @@ __global__ void __launch_bounds__(MergeShape<D>::kThreads) merge_kernel(const __
     const bool many = splits > Shape::kAtOnce;
     const int rows = chunk.q_len * p.q_heads, at_once = many ? 1 : Shape::kWays, first = many ? 0 : way;
     wait_for_earlier_kernels();  // the decode kernel let this one start when those before it had ended
-    let_next_kernel_start();     // not earlier: the next layer's kernels would take SMs while attention runs
     if (splits <= 1) return;     // not the decode kernel's, or it has stored the result
     for (int row = blockIdx.x * at_once + first; row < rows; row += gridDim.x * at_once) {
         const int64_t at = part(p, chunk, 0, 0) * p.q_heads + row;
