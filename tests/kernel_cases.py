@@ -107,7 +107,7 @@ def shares() -> Iterator[Case]:
 
 # Rows, outputs, inputs. Up to 8 rows or more, with 8 or 16 weight rows a block; inputs that vectors fit or not.
 THIN = [(3, 40, 1536), (3, 41, 1541), (3, 128, 896), (3, 77, 453), (12, 128, 896), (12, 77, 453)]
-THIN_PLANS = [(12, 40, 1536), (12, 4240, 64), (12, 8464, 64), (3, 65552, 32)]  # and what else plan_thin_linear says
+THIN_PLANS = [(12, 40, 1536), (12, 40, 2048), (12, 4240, 64), (12, 8464, 64), (3, 65552, 32)]  # other plans
 THIN_GATED = [(3, 144, 200), (3, 38, 453), (12, 144, 200), (12, 38, 453)]
 
 

@@ -337,8 +337,8 @@ inline ThinPlan plan_thin_linear(const ThinLinear& p) {
     const int64_t tiles = ceil_div(weight_rows, 2 * kTileCols);
     if (tiles > 4096) return {1, p.dim < 2048 ? 2 : 4};
     if (tiles > 528) return {2, 4};
-    if (tiles > 132) return {2, 8};
-    return {tiles > 66 || p.dim < 1536 ? 2 : 1, kMaxSplit};
+    if (tiles > 132) return {2, p.dim < 8192 ? 6 : 8};
+    return {tiles > 66 || p.dim < 1536 ? 2 : 1, p.dim < 2048 ? 12 : kMaxSplit};
 }
 
 template <typename T>
