@@ -79,6 +79,8 @@ cuda::RotaryStoreKv rotation(const char* op, const Tensor& x, const Tensor& weig
     Want(op, "cos_sin", cos_sin).dtype(ScalarType::Float).shape({-1, head_dim}).dense(0).same_device(x);
     require(head_dim > 0 && head_dim % 2 == 0, op, ": kv must have heads of an even size, got ", head_dim);
     const int64_t heads = weight.size(0) / head_dim;
+    require(weight.size(0) <= cuda::kMaxRotatedRows, op, ": weight must have at most ", cuda::kMaxRotatedRows,
+            " rows, got ", weight.size(0));
     require(weight.size(0) % head_dim == 0 && heads >= 2 * kv_heads, op, ": weight must have rows for whole heads, ",
             2 * kv_heads, " of ", head_dim, " for kv among them, got ", weight.size(0));
     return {

@@ -56,6 +56,7 @@ constexpr int kThinRows = 16;  // rows of an mma's left matrix
 constexpr int kTileCols = 8;   // weight rows of an mma's right matrix
 constexpr int kSlice = 32;     // numbers along k that a warp's load covers: 4 lanes of 8
 constexpr int kMaxSplit = 16;
+constexpr int kMaxRotatedRows = 1 << 30;  // of weights for queries, keys and values: pairs are counted in 32 bits
 // Loads of weights that a lane has under way at once. With 16 warps that is 64 KB an SM: what an SM's share of an
 // H200's memory (4.25 TB/s, 800 ns) asks for is 26 KB.
 constexpr int kLoads = 8;
@@ -115,11 +116,13 @@ __device__ inline uint4 load_eight(const uint16_t* row, int k, int dim) {
 // these make pairs with. Rows that are not there are read as the last one that is: their sums go nowhere.
 template <int kCols, ThinKind kKind>
 __device__ inline int64_t weight_row(const ThinLinear& p, int i) {
-    const int64_t pair = min(int64_t(blockIdx.x) * kTileCols + i % kTileCols, p.out_dim - 1);
-    if constexpr (kKind == ThinKind::kGated) return pair + i / kTileCols * p.out_dim;
+    if constexpr (kKind == ThinKind::kGated) {
+        return min(int64_t(blockIdx.x) * kTileCols + i % kTileCols, p.out_dim - 1) + i / kTileCols * p.out_dim;
+    }
     if constexpr (kKind == ThinKind::kRotated) {
+        const int pair = min(int(blockIdx.x) * kTileCols + i % kTileCols, int(p.out_dim) - 1);
         const int head_dim = p.rotary.head_dim, half = head_dim / 2;
-        return pair / half * head_dim + pair % half + i / kTileCols * half;
+        return int64_t(pair / half) * head_dim + pair % half + i / kTileCols * half;
     }
     return min(int64_t(blockIdx.x) * kCols * kTileCols + i, p.out_dim - 1);
 }
@@ -187,36 +190,48 @@ __device__ inline float add_parts(const float* parts, int apart, int split) {
     return sum;
 }
 
-// A pair of a row's queries, keys or values, as rotary_store_kv would turn and store it.
+// A pair of a row's queries, keys or values: where it goes, and what happens to it on its way.
 template <typename T>
-__device__ inline void write_pair(const ThinLinear& p, int row, int64_t pair, float first, float second) {
+struct Pair {
+    T* to;  // null: nowhere
+    float bias[2], cos, sin;
+    bool turned;
+};
+
+// Pair number `index` of a row, if there are so many: one of the first halves of heads, with that of the second.
+template <typename T>
+__device__ inline Pair<T> find_pair(const ThinLinear& p, int row, int index) {
     const RotaryStoreKv& r = p.rotary;
-    const int half = r.head_dim / 2, head = int(pair / half), i = int(pair % half), position = r.positions[row];
+    Pair<T> pair = {};
+    if (row >= p.rows || index >= p.out_dim) return pair;
+    const int half = r.head_dim / 2, head = index / half, i = index % half, position = r.positions[row];
+    const int slot = head < r.q_heads ? -1 : r.slots[row], value = head >= r.q_heads + r.kv_heads;
     const int64_t col = int64_t(head) * r.head_dim + i;
-    if (p.bias) {
-        first += to_float(static_cast<const T*>(p.bias)[col]);
-        second += to_float(static_cast<const T*>(p.bias)[col + half]);
+    for (int part = 0; part < 2; ++part) {
+        if (p.bias) pair.bias[part] = to_float(static_cast<const T*>(p.bias)[col + part * half]);
     }
-    float a = to_float(from_float<T>(first)), b = to_float(from_float<T>(second));
     const bool known = position >= 0 && position < r.num_positions;
-    if (known && head < r.q_heads + r.kv_heads) {
+    pair.turned = known && !value;
+    if (pair.turned) {
         const float* angles = r.cos_sin + int64_t(position) * r.rotary_dim + i;
-        const float cos = angles[0], sin = angles[half], turned = fmaf(a, cos, -(b * sin));
-        b = fmaf(b, cos, a * sin);
-        a = turned;
+        pair.cos = angles[0], pair.sin = angles[half];
     }
-    T* to;
     if (head < r.q_heads) {
-        to = static_cast<T*>(r.q) + row * r.q_stride + col;
-    } else {
-        const int slot = r.slots[row], value = head >= r.q_heads + r.kv_heads;
-        if (!known || slot < 0 || slot >= r.num_slots) return;
-        const int kv_head = head - r.q_heads - value * r.kv_heads;
-        const int64_t tile = int64_t(slot / r.block_size * 2 + value) * r.kv_heads + kv_head;
-        to = static_cast<T*>(r.kv) + (tile * r.block_size + slot % r.block_size) * r.head_dim + i;
+        pair.to = static_cast<T*>(r.q) + row * r.q_stride + col;
+    } else if (known && slot >= 0 && slot < r.num_slots) {
+        pair.to = slot_address<T>(r, slot, value, head - r.q_heads - value * r.kv_heads) + i;
     }
-    to[0] = from_float<T>(a);
-    to[half] = from_float<T>(b);
+    return pair;
+}
+
+// Rounds a pair's sums, turns and writes it, as rotary_store_kv would.
+template <typename T>
+__device__ inline void write_pair(const ThinLinear& p, const Pair<T>& pair, float first, float second) {
+    float a = to_float(from_float<T>(first + pair.bias[0])), b = to_float(from_float<T>(second + pair.bias[1]));
+    if (pair.turned) turn(a, b, pair.cos, pair.sin);
+    if (!pair.to) return;
+    pair.to[0] = from_float<T>(a);
+    pair.to[p.rotary.head_dim / 2] = from_float<T>(b);
 }
 
 // kCols: times 8 weight rows, that a warp takes with one load of x. At most 128 registers a thread, as the largest
@@ -230,14 +245,17 @@ __global__ void __launch_bounds__(kMaxSplit* kWarp, 1) thin_linear_kernel(const 
     let_next_kernel_start();
     float sums[kCols][4] = {};
     multiply<T, kCols, kBoth, kAligned, kKind>(p, warp, split, sums);
+    int i = threadIdx.x;
+    Pair<T> pair = {};  // on its way while the block adds up
+    if constexpr (kKind == ThinKind::kRotated) pair = find_pair<T>(p, i / kWide, blockIdx.x * kWide + i % kWide);
     for (int c = 0; c < kCols; ++c) {
-        for (int i = 0; i < 4; ++i) {
-            const int row = lane / 4 + i / 2 * 8, col = c * kTileCols + lane % 4 * 2 + i % 2;
-            partial[(warp * kThinRows + row) * kTile + col] = sums[c][i];
+        for (int j = 0; j < 4; ++j) {
+            const int row = lane / 4 + j / 2 * 8, col = c * kTileCols + lane % 4 * 2 + j % 2;
+            partial[(warp * kThinRows + row) * kTile + col] = sums[c][j];
         }
     }
     __syncthreads();  // the sums of all warps are there
-    for (int i = threadIdx.x; i < p.rows * kWide; i += blockDim.x) {
+    for (; i < p.rows * kWide; i += blockDim.x) {
         const int row = i / kWide;
         const int64_t col = int64_t(blockIdx.x) * kWide + i % kWide;
         if (col >= p.out_dim) continue;
@@ -250,7 +268,8 @@ __global__ void __launch_bounds__(kMaxSplit* kWarp, 1) thin_linear_kernel(const 
             if constexpr (kKind == ThinKind::kGated) {
                 write_sum<T>(p, row, col, swiglu(to_float(from_float<T>(sum)), to_float(from_float<T>(other))));
             } else {
-                write_pair<T>(p, row, col, sum, other);
+                if (i != threadIdx.x) pair = find_pair<T>(p, row, int(col));  // of fewer than 16 x 8 threads
+                write_pair<T>(p, pair, sum, other);
             }
         }
     }

@@ -35,6 +35,20 @@ __device__ inline void load_angles(const float* p, float (&out)[kVec]) {
     }
 }
 
+// Turns a pair by an angle.
+__device__ inline void turn(float& first, float& second, float cos, float sin) {
+    const float a = first, b = second;
+    first = fmaf(a, cos, -(b * sin));
+    second = fmaf(b, cos, a * sin);
+}
+
+// Where a slot has the numbers of head `head`'s key; of its value where `part` is 1, not 0.
+template <typename T>
+__device__ inline T* slot_address(const RotaryStoreKv& p, int slot, int part, int head) {
+    const int64_t tile = int64_t(slot / p.block_size * 2 + part) * p.kv_heads + head;  // one head's numbers of a block
+    return static_cast<T*>(p.kv) + (tile * p.block_size + slot % p.block_size) * p.head_dim;
+}
+
 // kVec pairs of a head, those of the angles i to i + kVec. `out` may be `in`: all is read before anything is written.
 template <typename T, int kVec, bool kInterleaved>
 __device__ inline void rotate(const T* in, T* out, const float* cos_sin, int half, int i) {
@@ -47,9 +61,10 @@ __device__ inline void rotate(const T* in, T* out, const float* cos_sin, int hal
     for (int j = 0; j < kVec; ++j) {
         T& first = kInterleaved ? x[2 * j / kVec].at[2 * j % kVec] : x[0].at[j];
         T& second = kInterleaved ? x[(2 * j + 1) / kVec].at[(2 * j + 1) % kVec] : x[1].at[j];
-        const float a = to_float(first), b = to_float(second);
-        first = from_float<T>(fmaf(a, cos[j], -(b * sin[j])));
-        second = from_float<T>(fmaf(b, cos[j], a * sin[j]));
+        float a = to_float(first), b = to_float(second);
+        turn(a, b, cos[j], sin[j]);
+        first = from_float<T>(a);
+        second = from_float<T>(b);
     }
     store(out + at, x[0]);
     store(out + at + apart, x[1]);
@@ -68,9 +83,8 @@ __global__ void __launch_bounds__(kRotaryMaxThreads) rotary_store_kv_kernel(cons
     T* q = static_cast<T*>(p.q) + token * p.q_stride;
     const T* k = static_cast<const T*>(p.k) + token * p.k_stride;
     const T* v = static_cast<const T*>(p.v) + token * p.v_stride;
-    const int64_t tile = int64_t(p.block_size) * p.head_dim;  // one head's numbers of a block
-    const int64_t block = stored ? slot / p.block_size : 0, offset = stored ? slot % p.block_size : 0;
-    T* keys = static_cast<T*>(p.kv) + block * 2 * p.kv_heads * tile + offset * p.head_dim;
+    const int64_t tile = int64_t(p.block_size) * p.head_dim;  // from a head of a slot to the next
+    T* keys = stored ? slot_address<T>(p, slot, 0, 0) : nullptr;
     T* values = keys + p.kv_heads * tile;
     // A head's vectors: pairs that are rotated, then numbers that are copied.
     const int half = p.rotary_dim / 2, pairs = half / kVec, rest = (p.head_dim - p.rotary_dim) / kVec;
