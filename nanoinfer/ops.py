@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanoinfer import reference
-from nanoinfer.tiles import GatedTiles, Tiles, gated_tiles, measured_tall, measured_tiles
+from nanoinfer.tiles import THIN_UP_TO, GatedTiles, Tiles, gated_tiles, measured_tall, measured_tiles
 
 logger = logging.getLogger("nanoinfer")
 
@@ -273,14 +273,18 @@ def tall_tiles(x: Tensor, weight: Tensor) -> GatedTiles | None:
     return gated_tiles(outputs // 2, rows) if rows > TALL_ROWS else measured_tall(outputs, inputs, rows)
 
 
-def takes_thin(op: str, x: Tensor) -> bool:
-    """Whether x has so few rows that `op`, one of the thin ones, is for it, and there is a kernel."""
-    return x.shape[0] <= THIN_ROWS and x.dtype in HALVES and (op, x.device.type.upper()) in COMPILED
+def takes_thin(op: str, x: Tensor, weight: Tensor) -> bool:
+    """Whether x has so few rows that `op`, one of the thin ones, is for it and weight, and there is a kernel."""
+    if x.shape[0] > THIN_ROWS or x.dtype not in HALVES or (op, x.device.type.upper()) not in COMPILED:
+        return False
+    outputs, inputs = weight.shape
+    most = THIN_UP_TO.get((outputs, inputs, op == "thin_gated_linear"), THIN_ROWS)
+    return x.shape[0] <= most or not _has_tiles(x.device)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, float_out: bool = False) -> Tensor:
     """`thin_linear` or `tile_linear` where faster, the library's matrix product elsewhere. x [M, K] -> [M, N]."""
-    if takes_thin("thin_linear", x):
+    if takes_thin("thin_linear", x, weight):
         return thin_linear(x, weight, bias, float_out)
     if not float_out and (tiles := best_tiles(x, weight)):
         return tile_linear(x, weight, bias, False, *tiles)
@@ -292,7 +296,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, float_out: boo
 
 def gated_linear(x: Tensor, weight: Tensor) -> Tensor:
     """silu_and_mul(linear(x, weight)), as one kernel where that is faster. x [M, K], weight [2 N, K] -> [M, N]."""
-    if takes_thin("thin_gated_linear", x):
+    if takes_thin("thin_gated_linear", x, weight):
         return thin_gated_linear(x, weight)
     if tiles := best_tiles(x, weight, gated=True):
         return tile_linear(x, weight, None, True, *tiles)
@@ -306,7 +310,7 @@ def qkv(
 ) -> Tensor:
     """Queries [T, Hq, D], rotated, of x [T, K]; its keys and values, likewise, go to kv. As one kernel for few rows."""
     kv_heads, head_dim = kv.shape[2], kv.shape[4]
-    if takes_thin("thin_qkv", x) and cos_sin.shape[1] == head_dim:
+    if takes_thin("thin_qkv", x, weight) and cos_sin.shape[1] == head_dim:
         return thin_qkv(x, weight, bias, kv, positions, slots, cos_sin)
     heads: Tensor = linear(x, weight, bias).unflatten(1, (-1, head_dim))
     q, k, v = heads.tensor_split((heads.shape[1] - 2 * kv_heads, heads.shape[1] - kv_heads), dim=1)

@@ -10,7 +10,7 @@ from test_thin_linear import make, poisoned
 from torch import Tensor
 
 from nanoinfer import ops, reference
-from nanoinfer.tiles import TILES, Tiles
+from nanoinfer.tiles import THIN_UP_TO, TILES, Tiles
 
 HALVES = [torch.bfloat16, torch.float16]
 COLS = {False: (40, 48, 56, 64, 96), True: (80, 144, 160)}
@@ -44,7 +44,7 @@ def test_error_is_at_most_twice_torchs(device: str, dtype: torch.dtype, gated: b
 def test_every_entry_of_the_table_runs(device: str, shape: tuple[int, int, bool]) -> None:
     """At the most rows it is for, where its memory is shortest, and at the fewest."""
     outputs, inputs, gated = shape
-    sizes, fewest = ((256, inputs), (outputs, inputs), (outputs,)), ops.THIN_ROWS + 1
+    sizes, fewest = ((256, inputs), (outputs, inputs), (outputs,)), THIN_UP_TO.get(shape, ops.THIN_ROWS) + 1
     x, weight, bias = (torch.randn(size, device=device).bfloat16() for size in sizes)
     for most, tiles in TILES[shape]:
         for rows in (fewest, most) if tiles else ():
@@ -60,7 +60,7 @@ def test_a_row_depends_on_itself_alone(device: str, gated: bool) -> None:
     for tiles in (Tiles(COLS[gated][0], 1, 4, 2), Tiles(COLS[gated][-1], 2, 1, 1), Tiles(COLS[gated][0], 3, 2, 1)):
         x, weight, bias = make(150, 896, 4864, torch.bfloat16, device)
         whole = run(x, weight, bias, gated, tiles)
-        for rows in (17, 40, 63, 64, 65, 128, 129):
+        for rows in (9, 17, 40, 63, 64, 65, 128, 129):
             with torch.cuda.stream(other):
                 noise @ noise
             assert torch.equal(run(x[:rows], weight, bias, gated, tiles), whole[:rows]), (tiles, rows)
@@ -146,7 +146,7 @@ def test_refused(device: str, message: str) -> None:
 @pytest.mark.parametrize("shape", TILES, ids=str)
 def test_the_table_makes_sense(shape: tuple[int, int, bool]) -> None:
     """Growing numbers of rows, beyond thin_linear's, and cuts that the op takes."""
-    limits = [ops.THIN_ROWS, *(most for most, _ in TILES[shape])]
+    limits = [THIN_UP_TO.get(shape, ops.THIN_ROWS), *(most for most, _ in TILES[shape])]
     assert all(less < more for less, more in pairwise(limits)) and limits[-1] <= 256
     for tiles in filter(None, dict(TILES[shape]).values()):
         assert tiles.cols in COLS[shape[2]]
@@ -168,6 +168,20 @@ def test_linear_follows_the_table(monkeypatch) -> None:
     assert asked == [(17, False, *table[0][1]), (256, False, *table[-1][1]), (60, True, *gated[0][1])]
     monkeypatch.setattr(ops, "_has_tiles", lambda device: False)
     assert torch.equal(ops.linear(torch.ones(17, 896).bfloat16(), weight), torch.full((17, 896), 896.0).bfloat16())
+
+
+@pytest.mark.parametrize("has_tiles", [False, True])
+def test_thin_products_end_where_the_table_says(monkeypatch, has_tiles: bool) -> None:
+    """At 8 rows for some weights, where there is a kernel for more; else at THIN_ROWS."""
+    monkeypatch.setattr(ops, "_has_tiles", lambda device: has_tiles)
+    monkeypatch.setattr(ops, "COMPILED", {(op, "CPU") for op in ("thin_linear", "thin_gated_linear", "thin_qkv")})
+    number = torch.zeros(1, 1, dtype=torch.bfloat16)
+    for (outputs, inputs, gated), most in [*THIN_UP_TO.items(), ((896, 896, False), ops.THIN_ROWS)]:
+        weight, end = number.expand(outputs, inputs), most if has_tiles else ops.THIN_ROWS
+        for op in ["thin_gated_linear"] if gated else ["thin_linear", "thin_qkv"]:
+            taken = [ops.takes_thin(op, number.expand(rows, inputs), weight) for rows in range(1, 20)]
+            assert taken == [rows <= end for rows in range(1, 20)], (op, outputs, inputs)
+        assert not ops.takes_thin(op, number.float().expand(1, inputs), weight)
 
 
 @pytest.mark.parametrize("rows", [3, 40])

@@ -185,8 +185,8 @@ def _attention_cases(
         2 * queries + cached, 4 * heads * head_dim * pairs,
     )  # fmt: skip
     x = made(count, heads * head_dim)
-    if ops.takes_thin("thin_qkv", x):  # in place of a linear and rotary_store_kv
-        weight = made((heads + 2 * kv_heads) * head_dim, heads * head_dim)
+    weight = made((heads + 2 * kv_heads) * head_dim, heads * head_dim)
+    if ops.takes_thin("thin_qkv", x, weight):  # in place of a linear and rotary_store_kv
         moved = (weight.numel() + x.numel()) * x.element_size() + queries + 2 * keys
         yield Case(
             "thin_qkv", lambda: ops.thin_qkv(x, weight, None, kv, batch.positions, batch.slots, angles),
@@ -196,13 +196,14 @@ def _attention_cases(
 
 def _product(x: Tensor, weight: Tensor, gated: bool, wide: bool) -> str:
     """What `ops.linear` or `ops.gated_linear` takes for x and weight."""
-    if gated and ops.takes_thin("thin_gated_linear", x):
-        return "thin_gated_linear"
-    if len(x) <= ops.THIN_ROWS and x.dtype in ops.HALVES:
-        return "thin_linear"
+    thin = "thin_gated_linear" if gated else "thin_linear"
+    if ops.takes_thin(thin, x, weight):
+        return thin
     if not wide and ops.best_tiles(x, weight, gated):
         return "tile_linear"
-    return "tall_gated_linear" if gated and ops.tall_tiles(x, weight) else "linear"
+    if gated and ops.tall_tiles(x, weight):
+        return "tall_gated_linear"
+    return "thin_linear" if ops.takes_thin("thin_linear", x, weight) else "linear"
 
 
 def _linear_case(label: str, x: Tensor, weight: Tensor) -> Case:
