@@ -15,13 +15,12 @@
 // both rounded before: bit for bit what thin_linear and silu_and_mul give one after the other. Likewise rotated: 8 rows
 // of a head of queries, keys or values, and the 8 that these make pairs with.
 //
-// A Qwen2 layer's eight ops besides attention, one captured after the other, us a layer on an H200, bf16, with these
-// products / with cuBLAS's, SiLU and rotation still by themselves, weights but asked for ahead (0.5B's step of one row
-// took 0.71 ms then, and takes 0.59 now):
+// A Qwen2 layer's ops besides attention, one captured after the other, us a layer on an H200, bf16, with these products
+// (of 16 rows, tile_linear's where tiles.py says so) / with cuBLAS's, SiLU and rotation by themselves, in earlier code:
 //   rows      0.5B           1.5B             7B
-//      1   20.3 / 29.2    37.4 / 47.3    131.3 / 136.6
-//      8   22.2 / 29.2    40.5 / 46.3    137.1 / 139.4
-//     16   26.2 / 29.6    44.8 / 47.2    147.4 / 141.1
+//      1   15.5 / 29.2    32.1 / 47.3    126.8 / 136.6
+//      8   17.6 / 29.2    33.5 / 46.3    131.3 / 139.4
+//     16   19.8 / 29.6    34.1 / 47.2    131.5 / 141.1
 // The weights alone, at 4.25 TB/s: 7.0, 22.0 and 109.7.
 //
 // Floats, which only tests and reference runs use, take plain multiplications, a warp for each weight row.
