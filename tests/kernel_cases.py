@@ -107,7 +107,9 @@ def shares() -> Iterator[Case]:
 
 # Rows, outputs, inputs. Up to 8 rows or more, with 8 or 16 weight rows a block; inputs that vectors fit or not.
 THIN = [(3, 40, 1536), (3, 41, 1541), (3, 128, 896), (3, 77, 453), (12, 128, 896), (12, 77, 453)]
-THIN_PLANS = [(12, 40, 1536), (12, 40, 2048), (12, 4240, 64), (12, 8464, 64), (3, 65552, 32)]  # other plans
+THIN_PLANS = [
+    (12, 40, 1536), (12, 40, 2048), (3, 1072, 2048), (12, 4240, 64), (3, 2128, 8192), (12, 8464, 64), (3, 65552, 32),
+]  # fmt: skip  # and what else plan_thin_linear says
 THIN_GATED = [(3, 144, 200), (3, 38, 453), (12, 144, 200), (12, 38, 453)]
 
 
@@ -127,6 +129,8 @@ def thin() -> Iterator[Case]:
             f"{SHORT[dtype]} {rows} {dim}{' bias' if bias else ''}",
             qkv_arguments(rows, dim, (3, 1, 20), dtype, bias),
         )
+    wide = qkv_arguments(12, 32, (4096, 1, 16), torch.bfloat16)  # of blocks that have fewer threads than pairs
+    yield Case("thin_qkv", "bf16 12 32 wide", wide)
 
 
 def qkv_arguments(rows: int, dim: int, layout: Layout, dtype: torch.dtype, bias: bool = True) -> Arguments:

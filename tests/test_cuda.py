@@ -300,10 +300,12 @@ def test_vocabularies_have_a_limit() -> None:
 
 
 def test_rows_have_a_limit() -> None:
-    """Norms count along a row in 32 bits; a row for which that is too few is refused."""
+    """Norms and products count along a row in 32 bits; a row for which that is too few is refused."""
     x, weight = (torch.empty(*s, device="cuda", dtype=torch.bfloat16) for s in ((0, 2**30 + 1), (1,)))
     with pytest.raises(RuntimeError, match="x must have at most 1073741824 columns, got 1073741825"):
         ops.rms_norm(x, weight, 1e-6)
+    with pytest.raises(RuntimeError, match="x must have at most 1073741824 columns, got 1073741825"):
+        ops.thin_linear(x, x)
 
 
 def test_stores_of_a_step_are_seen_by_its_tokens() -> None:

@@ -23,6 +23,7 @@ SHAPES = [
     (200, (3, 1, 20)),
     (77, (2, 1, 6)),
     (64, (1, 1, 2)),
+    (32, (4096, 1, 16)),  # so many rows of weights that a block has fewer threads than pairs
 ]
 
 
@@ -117,6 +118,17 @@ def test_waits_for_what_it_reads(device: str) -> None:
         return torch.cat((h.flatten(), kv.flatten()))
 
     assert_waits(chain, replays=50)
+
+
+@pytest.mark.parametrize("device", on_gpu)
+@pytest.mark.parametrize("op", ["thin_qkv", "rotary_store_kv"])
+def test_blocks_beyond_30_bits(device: str, op: str) -> None:
+    """Twice the number of a slot's block is counted in 64 bits."""
+    arguments = on(device, qkv_arguments(2, 32, (1, 1, 2), torch.bfloat16))
+    kv = arguments["kv"] = torch.zeros(2**30 + 4, 2, 1, 1, 2, dtype=torch.bfloat16, device=device)
+    slots = arguments["slots"] = torch.tensor([2**30 + 3, 5], dtype=torch.int32, device=device)
+    ops.thin_qkv(**arguments) if op == "thin_qkv" else two_halves(*arguments.values())
+    assert int(kv[slots.long()].count_nonzero()) == int(kv.count_nonzero()) == 8
 
 
 def test_empty_sizes(device: str) -> None:

@@ -9,6 +9,7 @@ namespace {
 
 void check(const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
     Want(op, "x", x).floating().shape({-1, -1}).dense(1);
+    require(x.size(1) <= cuda::kMaxInputs, op, ": x must have at most ", cuda::kMaxInputs, " columns, got ", x.size(1));
     Want(op, "weight", weight).dtype(x.scalar_type()).shape({-1, x.size(1)}).dense(1).same_device(x);
     if (bias) Want(op, "bias", *bias).dtype(x.scalar_type()).shape({weight.size(0)}).dense(0).same_device(x);
 }

@@ -55,14 +55,16 @@ constexpr int kThinRows = 16;  // rows of an mma's left matrix
 constexpr int kTileCols = 8;   // weight rows of an mma's right matrix
 constexpr int kSlice = 32;     // numbers along k that a warp's load covers: 4 lanes of 8
 constexpr int kMaxSplit = 16;
+constexpr int kMaxInputs = 1 << 30;       // places along k are ints, also those some steps past its end
 constexpr int kMaxRotatedRows = 1 << 30;  // of weights for queries, keys and values: pairs are counted in 32 bits
 // Loads of weights that a lane has under way at once. With 16 warps that is 64 KB an SM: what an SM's share of an
 // H200's memory (4.25 TB/s, 800 ns) asks for is 26 KB.
 constexpr int kLoads = 8;
-// Loads under way wait in the first cache, which has what is left of an SM's 256 KB beside shared memory. That need not
-// be as attention left it, 28 KB, unless a kernel says so: blocks that follow each other without a gap keep its cut,
-// and at 28 KB a step of 7B takes 5.1 ms in place of 4.0. Of a GPU's shared memory, percent: 100 KB of an H200's 228,
-// where the blocks that fit of a kernel need 25. 32 KB take up to 3 % longer, 132 up to 5 %.
+// Loads under way wait in the first cache, which has what shared memory leaves of an SM's 256 KB. Unless a kernel asks
+// for another cut, blocks that follow each other without a gap keep that of attention, which leaves 28 KB: a step of 7B
+// takes 5.1 ms then in place of 4.0. Hence this share of a GPU's shared memory, percent: 100 KB of an H200's 228,
+// though the blocks that fit need 25. With 32 KB steps take up to 3 % longer, with 132 up to 2 %, of 9 to 16 rows up to
+// 4 %.
 constexpr int kSharedPercent = 40;
 
 // How a launch cuts the weights: a block has `cols` x 8 weight rows, of which its `split` warps take turns along k. The
@@ -192,8 +194,8 @@ __device__ inline float add_parts(const float* parts, int apart, int split) {
 // A pair of a row's queries, keys or values: where it goes, and what happens to it on its way.
 template <typename T>
 struct Pair {
-    T* to;  // null: nowhere
-    float bias[2], cos, sin;
+    T* to;                    // null: nowhere
+    float bias[2], cos, sin;  // -0 where there is no bias: it leaves every sum as it is
     bool turned;
 };
 
@@ -207,7 +209,7 @@ __device__ inline Pair<T> find_pair(const ThinLinear& p, int row, int index) {
     const int slot = head < r.q_heads ? -1 : r.slots[row], value = head >= r.q_heads + r.kv_heads;
     const int64_t col = int64_t(head) * r.head_dim + i;
     for (int part = 0; part < 2; ++part) {
-        if (p.bias) pair.bias[part] = to_float(static_cast<const T*>(p.bias)[col + part * half]);
+        pair.bias[part] = p.bias ? to_float(static_cast<const T*>(p.bias)[col + part * half]) : -0.f;
     }
     const bool known = position >= 0 && position < r.num_positions;
     pair.turned = known && !value;

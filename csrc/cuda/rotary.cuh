@@ -45,7 +45,7 @@ __device__ inline void turn(float& first, float& second, float cos, float sin) {
 // Where a slot has the numbers of head `head`'s key; of its value where `part` is 1, not 0.
 template <typename T>
 __device__ inline T* slot_address(const RotaryStoreKv& p, int slot, int part, int head) {
-    const int64_t tile = int64_t(slot / p.block_size * 2 + part) * p.kv_heads + head;  // one head's numbers of a block
+    const int64_t tile = (int64_t(slot / p.block_size) * 2 + part) * p.kv_heads + head;  // a head's numbers of a block
     return static_cast<T*>(p.kv) + (tile * p.block_size + slot % p.block_size) * p.head_dim;
 }
 
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kRotaryMaxThreads) rotary_store_kv_kernel(cons
     const T* v = static_cast<const T*>(p.v) + token * p.v_stride;
     const int64_t tile = int64_t(p.block_size) * p.head_dim;  // from a head of a slot to the next
     T* keys = stored ? slot_address<T>(p, slot, 0, 0) : nullptr;
-    T* values = keys + p.kv_heads * tile;
+    T* values = stored ? keys + p.kv_heads * tile : nullptr;
     // A head's vectors: pairs that are rotated, then numbers that are copied.
     const int half = p.rotary_dim / 2, pairs = half / kVec, rest = (p.head_dim - p.rotary_dim) / kVec;
     const int whole = p.head_dim / kVec, all = p.q_heads * pairs + (stored ? p.kv_heads * (pairs + rest + whole) : 0);
