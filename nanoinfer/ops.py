@@ -66,7 +66,8 @@ FAKES: dict[str, Callable[..., Tensor]] = {
 
 # Most rows that `thin_linear`, `thin_gated_linear` and `thin_qkv` take. On two AVX-512 cores a 4864 x 896 bf16 layer
 # takes 234, 357 and 668 us for 1, 8 and 16 rows, torch's linear 535, 520 and 543. Sixteen all the same: what it
-# computes for a row does not depend on how many run beside it, which the library does not promise.
+# computes for a row does not depend on how many run beside it, which the library does not promise. (On some GPUs that
+# ends at 8 rows: see THIN_UP_TO.)
 THIN_ROWS = 16
 TALL_ROWS = 256  # `tall_gated_linear` is for more, and for some fewer: see tiles.py
 FEW = 32  # most ids for which `tell_logprobs` has a kernel
@@ -273,18 +274,18 @@ def tall_tiles(x: Tensor, weight: Tensor) -> GatedTiles | None:
     return gated_tiles(outputs // 2, rows) if rows > TALL_ROWS else measured_tall(outputs, inputs, rows)
 
 
-def takes_thin(op: str, x: Tensor, weight: Tensor) -> bool:
+def takes_thin(op: str, x: Tensor, weight: Tensor, float_out: bool = False) -> bool:
     """Whether x has so few rows that `op`, one of the thin ones, is for it and weight, and there is a kernel."""
     if x.shape[0] > THIN_ROWS or x.dtype not in HALVES or (op, x.device.type.upper()) not in COMPILED:
         return False
     outputs, inputs = weight.shape
     most = THIN_UP_TO.get((outputs, inputs, op == "thin_gated_linear"), THIN_ROWS)
-    return x.shape[0] <= most or not _has_tiles(x.device)
+    return x.shape[0] <= most or float_out or not _has_tiles(x.device)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, float_out: bool = False) -> Tensor:
     """`thin_linear` or `tile_linear` where faster, the library's matrix product elsewhere. x [M, K] -> [M, N]."""
-    if takes_thin("thin_linear", x, weight):
+    if takes_thin("thin_linear", x, weight, float_out):
         return thin_linear(x, weight, bias, float_out)
     if not float_out and (tiles := best_tiles(x, weight)):
         return tile_linear(x, weight, bias, False, *tiles)

@@ -1,4 +1,7 @@
-"""The cuts of `tile_linear` that were measured to be the fastest, by the shapes of weights; `tall_gated_linear`'s."""
+"""The cuts of `tile_linear` that were measured to be the fastest, by the shapes of weights; `tall_gated_linear`'s.
+
+Also, up to how many rows `thin_linear` and its like are faster than both.
+"""
 
 from typing import NamedTuple
 
@@ -63,7 +66,7 @@ TILES: dict[tuple[int, int, bool], tuple[tuple[int, Tiles | None], ...]] = {
 
 # By weight's shape and whether it is gated, as well: up to how many rows of x thin_linear and its like are the fastest,
 # where that is not all they take and a GPU has tile_linear. A model's step of 16 rows, us: 0.5B 670 -> 644, 1.5B
-# 1,370 -> 1,280, 7B 4,499 -> 4,240, and some 50 less with the library's product for qkv.
+# 1,370 -> 1,280, 7B 4,499 -> 4,240 and some 50 less with qkv, which goes to the library.
 THIN_UP_TO: dict[tuple[int, int, bool], int] = {
     (896, 4864, False): 8,
     (17920, 1536, True): 8, (1536, 8960, False): 8,

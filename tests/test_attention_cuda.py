@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from op_helpers import assert_error
+from op_helpers import assert_error, assert_waits
 from test_attention import NO_CHUNK, Case, Chunks, int32, make_case
 
 from nanoinfer import ops
@@ -301,3 +301,38 @@ def test_refused(message: str) -> None:
     case = make_case([(3, 12), (1, 5)], (6, 2, 64), torch.bfloat16, "cuda")
     with pytest.raises(RuntimeError, match=f"paged_attention: {message}"):
         REFUSED[message](case).attend()
+
+
+@pytest.mark.parametrize("rows", [3, 20])
+def test_products_wait_for_attention(rows: int) -> None:
+    """Of few rows and of more: x is what merge, or decode attention where it has no splits, writes just before.
+
+    The products' weights are read earlier, and so is the next layer's tables.
+    """
+    heads, kv_heads, dim, width = 14, 2, 64, 128
+    random = torch.Generator("cuda").manual_seed(0)
+    kv = torch.randn(rows * width, 2, kv_heads, 16, dim, device="cuda", generator=random).bfloat16()
+    x = torch.randn(rows, heads * dim, device="cuda", generator=random).bfloat16()
+    qkv, o = (torch.randn(n, heads * dim, device="cuda", generator=random).bfloat16() / 30 for n in (1152, 896))
+    lengths = torch.tensor([16 * width - 1 if i % 3 else 100 for i in range(rows)])
+    tables = torch.arange(rows * width).view(rows, width)
+    slots = tables[:, 0] * 16 + lengths - 1
+    q_starts, kv_lens, order, tables, positions, slots = (
+        part.int().cuda() for part in (torch.arange(rows + 1), lengths, torch.arange(rows), tables, lengths - 1, slots)
+    )
+    angles = torch.randn(16 * width, dim, device="cuda", generator=random)
+
+    def chain(after: Callable[[], None]) -> torch.Tensor:
+        h, residual = x * 1, x * 1
+        for _ in range(20):
+            q = ops.qkv(h, qkv, None, kv, positions, slots, angles)
+            after()
+            out = ops.paged_attention(q, kv, q_starts, kv_lens, order, tables, dim**-0.5, tables_ready=True)
+            after()
+            h = ops.linear(out.flatten(1), o)
+            after()
+            h = ops.add_rms_norm(h, residual, x[0], 1e-6)
+            after()
+        return torch.cat((h, residual))
+
+    assert_waits(chain, replays=100)

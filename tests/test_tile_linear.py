@@ -184,6 +184,23 @@ def test_thin_products_end_where_the_table_says(monkeypatch, has_tiles: bool) ->
         assert not ops.takes_thin(op, number.float().expand(1, inputs), weight)
 
 
+def test_tiles_take_large_weights_from_9_rows_on(monkeypatch) -> None:
+    """But not where sums are wanted as floats, which tile_linear does not give."""
+    asked = []
+    monkeypatch.setattr(ops, "_has_tiles", lambda device: True)
+    monkeypatch.setattr(ops, "COMPILED", {(op, "CPU") for op in ("thin_linear", "thin_gated_linear")})
+    for op in ("thin_linear", "thin_gated_linear", "tile_linear"):
+        monkeypatch.setattr(ops, op, lambda x, *rest, op=op: asked.append((op, len(x))))
+    number = torch.ones(1, 1, dtype=torch.bfloat16)
+    for rows in (8, 9, 16):
+        ops.linear(number.expand(rows, 4864), number.expand(896, 4864))
+        ops.gated_linear(number.expand(rows, 1536), number.expand(17920, 1536))
+        ops.linear(number.expand(rows, 4864), number.expand(896, 4864), float_out=True)
+    for at, rows in ((0, 8), (3, 9), (6, 16)):
+        kinds = ("thin_linear", "thin_gated_linear") if rows == 8 else ("tile_linear", "tile_linear")
+        assert asked[at : at + 3] == [(kinds[0], rows), (kinds[1], rows), ("thin_linear", rows)]
+
+
 @pytest.mark.parametrize("rows", [3, 40])
 def test_gated_linear_is_linear_and_silu(device: str, rows: int) -> None:
     """Few rows and many, with a kernel for both or one after the other."""

@@ -70,7 +70,7 @@ template <typename T, int D>
 __global__ void __launch_bounds__(MergeShape<D>::kThreads) merge_kernel(const __grid_constant__ PagedAttention p) {
     using Shape = MergeShape<D>;
     __shared__ Share shares[Shape::kWays][Shape::kLanes];
-    let_next_kernel_start();  // a product, whose first weights come while attention runs
+    let_next_kernel_start();  // a product, whose first weights come while attention runs; see its kSharedPercent
     LoadedChunk loaded;
     load_chunk(p, blockIdx.y, loaded);
     const Chunk chunk = loaded.check(p, blockIdx.y);

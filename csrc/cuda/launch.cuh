@@ -3,13 +3,14 @@
 //
 // A decode step is a chain of some 200 kernels of 1 to 10 us, and between two of them the GPU idles while the one's
 // last blocks end and the other's first ones start. Hence each kernel of ours may be on its SMs already while the one
-// before it in the stream still runs: for the eight ops of a Qwen2 layer besides attention that takes 0.5B's row 20.3
-// us in place of 23.2 on an H200, 1.5B's 37.4 in place of 42.0, 7B's 131 in place of 135. Two rules keep it right,
-// whoever wrote the kernel before:
+// before it in the stream still runs: when that was new the eight ops of a Qwen2 layer besides attention took 0.5B's
+// row 20.3 us in place of 23.2 on an H200, 1.5B's 37.4 in place of 42.0, 7B's 131 in place of 135. Two rules keep it
+// right, whoever wrote the kernel before:
 //   - A kernel reads and writes nothing until wait_for_earlier_kernels() has returned; before that it may work out
 //     addresses. Weights alone it may read before, if its op says that no kernel of ours may have written them since
 //     the last of torch's kernels, which start when all before them have ended.
 //     One op may read more, if its caller says that this was written long before: see tables_ready of paged_attention.
+//     The kernel that op launches second reads lengths early, too: the first lets it start when all before have ended.
 //   - Every thread of every block calls it: a kernel that ended without would let the next one go on too early.
 
 #include <cuda_runtime.h>

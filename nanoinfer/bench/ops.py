@@ -197,7 +197,7 @@ def _attention_cases(
 def _product(x: Tensor, weight: Tensor, gated: bool, wide: bool) -> str:
     """What `ops.linear` or `ops.gated_linear` takes for x and weight."""
     thin = "thin_gated_linear" if gated else "thin_linear"
-    if ops.takes_thin(thin, x, weight):
+    if ops.takes_thin(thin, x, weight, wide):
         return thin
     if not wide and ops.best_tiles(x, weight, gated):
         return "tile_linear"
