@@ -40,7 +40,7 @@ class KeyFeed {
     // more keys, so that counting groups counts stages.
     __device__ void push() {
         if (key_ < end_) {
-            const int entry = __shfl_sync(kWarp, entries_, turn_);
+            const int entry = __shfl_sync(kAllLanes, entries_, turn_);
             const char* keys = keys_address<D>(p_, entry, blockIdx.x, key_);
             const uint32_t stage = ring_ + stage_ * Shape::kStageBytes;
             copy_keys<D>(stage, keys);

@@ -61,7 +61,7 @@ __device__ int list_items(const PagedAttention& p, int first, ItemList& list) {
         const int count = decode_items<kRows>(p, own);
         int upto = count;  // items of the warp's chunks up to this lane's
         for (int step = 1; step < 32; step *= 2) {
-            const int other = __shfl_up_sync(kWarp, upto, step);
+            const int other = __shfl_up_sync(kAllLanes, upto, step);
             if (lane >= step) upto += other;
         }
         if (lane == 31) list.totals[warp] = upto;
@@ -73,10 +73,10 @@ __device__ int list_items(const PagedAttention& p, int first, ItemList& list) {
         }
         int at = 0;  // the lane with the chunk that has item `local` of the warp's
         for (int step = 16; step > 0; step /= 2) {
-            if (__shfl_sync(kWarp, upto, at + step - 1) <= local) at += step;
+            if (__shfl_sync(kAllLanes, upto, at + step - 1) <= local) at += step;
         }
         const Chunk chunk = own.of_lane(at);
-        const int before = __shfl_sync(kWarp, upto - count, at);
+        const int before = __shfl_sync(kAllLanes, upto - count, at);
         if (local >= 0 && local < list.totals[warp]) list.items[lane] = decode_item<kRows>(p, chunk, local - before);
         __syncthreads();  // the items are there, and the totals have been read
     }
@@ -190,12 +190,12 @@ struct DecodeRows {
                 highest[n][i] = fmaxf(scores[n][i], scores[n][i + 2]);
 #pragma unroll
                 for (int step = 4; step < 32; step *= 2) {
-                    highest[n][i] = fmaxf(highest[n][i], __shfl_xor_sync(kWarp, highest[n][i], step));
+                    highest[n][i] = fmaxf(highest[n][i], __shfl_xor_sync(kAllLanes, highest[n][i], step));
                 }
                 grown |= highest[n][i] > top[n][i] + slack;
             }
         }
-        if (__any_sync(kWarp, grown)) rescale(highest, slack, scale_log2);
+        if (__any_sync(kAllLanes, grown)) rescale(highest, slack, scale_log2);
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) {
 #pragma unroll

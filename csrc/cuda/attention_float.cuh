@@ -46,12 +46,12 @@ __device__ float dot(const float* a, const float* b) {
 }
 
 __device__ inline float warp_max(float x) {
-    for (int i = 16; i > 0; i /= 2) x = fmaxf(x, __shfl_xor_sync(kWarp, x, i));
+    for (int i = 16; i > 0; i /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, i));
     return x;
 }
 
 __device__ inline double warp_sum(double x) {
-    for (int i = 16; i > 0; i /= 2) x += __shfl_xor_sync(kWarp, x, i);
+    for (int i = 16; i > 0; i /= 2) x += __shfl_xor_sync(kAllLanes, x, i);
     return x;
 }
 
@@ -75,8 +75,8 @@ struct FloatRow {
         for (int i = 0; i < D / 32; ++i) out[i] *= shrink;
         const int64_t value = row + (p.kv_heads << p.block_bits);
         for (int j = 0; j < smaller(32, end - first); ++j) {
-            const float* from = kv + __shfl_sync(kWarp, value, j) * D + lane;
-            const double share = __shfl_sync(kWarp, weight, j);
+            const float* from = kv + __shfl_sync(kAllLanes, value, j) * D + lane;
+            const double share = __shfl_sync(kAllLanes, weight, j);
             for (int i = 0; i < D / 32; ++i) out[i] += share * from[32 * i];
         }
     }

@@ -259,7 +259,7 @@ __device__ void attend_rows(const PagedAttention& p, const HopperItem& next, int
         ring.release(keys_slot);
         const bool grown = weigh(key + kKeys);
         // Never true, but a branch that waits for the weights: else the compiler makes them behind the next wait.
-        if (__any_sync(kWarp, rows.sums[0][0] + rows.sums[0][2] < 0)) asm volatile("nanosleep.u32 0;");
+        if (__any_sync(kAllLanes, rows.sums[0][0] + rows.sums[0][2] < 0)) asm volatile("nanosleep.u32 0;");
         end_values(values_slot);
         if (grown) shrink_sums(rows, shrink);
         round_weights<T, D>(rows, weights);

@@ -124,8 +124,8 @@ __device__ Shares share_out(const PagedAttention& p) {
         longest = larger(longest, line.longest());
     }
     __syncwarp();
-    items = __reduce_add_sync(kWarp, items), total = __reduce_add_sync(kWarp, total);
-    shortest = __reduce_add_sync(kWarp, shortest), longest = __reduce_max_sync(kWarp, longest);
+    items = __reduce_add_sync(kAllLanes, items), total = __reduce_add_sync(kAllLanes, total);
+    shortest = __reduce_add_sync(kAllLanes, shortest), longest = __reduce_max_sync(kAllLanes, longest);
     const int size = larger(ceil_div(total, blocks), kLeastShare);
     const int idle = ceil_div(items, blocks) * blocks - items;
     const int gain = larger(longest - size, idle * (shortest / larger(items, 1)) / blocks);

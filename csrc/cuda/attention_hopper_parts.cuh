@@ -141,8 +141,8 @@ __device__ void store_sums(const PagedAttention& p, const PrefillItem& item, con
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         float total = sums.totals[h];
-        total += __shfl_xor_sync(kWarp, total, 1);
-        total += __shfl_xor_sync(kWarp, total, 2);
+        total += __shfl_xor_sync(kAllLanes, total, 1);
+        total += __shfl_xor_sync(kAllLanes, total, 2);
         const float norm = total == 0 ? 0.f : 1 / total;
         const int row = first + 8 * h;
         if (row >= item.rows) continue;

@@ -85,7 +85,7 @@ __device__ bool weigh_scores(Rows& rows, float (&shrink)[2], float scale_log2, f
         }
         rows.sums[0][2 * h] = sum;
     }
-    return __any_sync(kWarp, grown);
+    return __any_sync(kAllLanes, grown);
 }
 
 // A row's sum, of its four lanes' columns.
@@ -94,8 +94,8 @@ __device__ void add_lanes(Rows& rows) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         float& sum = rows.sums[0][2 * h];
-        sum += __shfl_xor_sync(kWarp, sum, 1);
-        sum += __shfl_xor_sync(kWarp, sum, 2);
+        sum += __shfl_xor_sync(kAllLanes, sum, 1);
+        sum += __shfl_xor_sync(kAllLanes, sum, 2);
     }
 }
 

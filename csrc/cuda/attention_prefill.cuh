@@ -110,7 +110,8 @@ class TileFeed {
 #pragma unroll
             for (int i = 0; i < kUnits; ++i) {
                 const int unit = threadIdx.x / 32 + i * Shape::kWarps, group = unit % kGroups, values = unit / kGroups;
-                const int entry = __shfl_sync(kWarp, entries_, (turn_ * kGroups + group) % 32), key = key_ + 16 * group;
+                const int entry = __shfl_sync(kAllLanes, entries_, (turn_ * kGroups + group) % 32),
+                          key = key_ + 16 * group;
                 const char* from = keys_address<D>(p_, entry, item_.head, key) + values * value_offset<D>(p_);
                 copy_keys<D>(tile + values * Shape::kTileBytes + group * 16 * D * 2, from);
             }

@@ -174,8 +174,8 @@ struct QueryRows {
         for (int n = 1; n < kKeys / 8; ++n) {
             highest = fmaxf(highest, fmaxf(scores[m][n][2 * h], scores[m][n][2 * h + 1]));
         }
-        highest = fmaxf(highest, __shfl_xor_sync(kWarp, highest, 1));
-        return fmaxf(highest, __shfl_xor_sync(kWarp, highest, 2));
+        highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, 1));
+        return fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, 2));
     }
 
     // scores -> weights; where a row's largest score has grown by more than the slack, what was summed up is rescaled.
@@ -190,7 +190,7 @@ struct QueryRows {
                 grown |= highest[m][h] > top[m][h] + slack;
             }
         }
-        if (__any_sync(kWarp, grown)) rescale(highest, slack, scale_log2);
+        if (__any_sync(kAllLanes, grown)) rescale(highest, slack, scale_log2);
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll

@@ -33,7 +33,7 @@ struct PagedAttention {
     float4* parts;      // sums of parts of long chunks' items, see attention_hopper_parts.cuh; null: items stay whole
 };
 
-constexpr unsigned kWarp = 0xffffffffu;  // all lanes take part
+constexpr unsigned kAllLanes = 0xffffffffu;  // of a warp take part in a shuffle or a vote
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 __host__ __device__ inline int smaller(int a, int b) { return a < b ? a : b; }
@@ -51,11 +51,11 @@ struct Chunk {
     __device__ int token(int row, int group) const { return q_len == 1 ? 0 : smaller(row / group, q_len - 1); }
     // The chunk of a lane of the warp.
     __device__ Chunk of_lane(int lane) const {
-        return {.index = __shfl_sync(kWarp, index, lane),
-                .begin = __shfl_sync(kWarp, begin, lane),
-                .q_len = __shfl_sync(kWarp, q_len, lane),
-                .kv_len = __shfl_sync(kWarp, kv_len, lane),
-                .row = __shfl_sync(kWarp, row, lane)};
+        return {.index = __shfl_sync(kAllLanes, index, lane),
+                .begin = __shfl_sync(kAllLanes, begin, lane),
+                .q_len = __shfl_sync(kAllLanes, q_len, lane),
+                .kv_len = __shfl_sync(kAllLanes, kv_len, lane),
+                .row = __shfl_sync(kAllLanes, row, lane)};
     }
     // The first key that the query at `position` sees.
     __device__ static int first_key(const PagedAttention& p, int position) {
@@ -143,16 +143,16 @@ class Finder {
         }
         int upto = count_;  // items of the chunks in view up to this lane's
         for (int step = 1; step < 32; step *= 2) {
-            const int other = __shfl_up_sync(kWarp, upto, step);
+            const int other = __shfl_up_sync(kAllLanes, upto, step);
             if (int(threadIdx.x % 32) >= step) upto += other;
         }
-        const int lane = __ffs(__ballot_sync(kWarp, before_ + upto > index)) - 1;
-        local = index - before_ - __shfl_sync(kWarp, upto - count_, lane);
+        const int lane = __ffs(__ballot_sync(kAllLanes, before_ + upto > index)) - 1;
+        local = index - before_ - __shfl_sync(kAllLanes, upto - count_, lane);
         chunk = {.index = base_ + lane,
-                 .begin = __shfl_sync(kWarp, mine_.begin, lane),
-                 .q_len = __shfl_sync(kWarp, mine_.q_len, lane),
-                 .kv_len = __shfl_sync(kWarp, mine_.kv_len, lane),
-                 .row = __shfl_sync(kWarp, mine_.row, lane)};
+                 .begin = __shfl_sync(kAllLanes, mine_.begin, lane),
+                 .q_len = __shfl_sync(kAllLanes, mine_.q_len, lane),
+                 .kv_len = __shfl_sync(kAllLanes, mine_.kv_len, lane),
+                 .row = __shfl_sync(kAllLanes, mine_.row, lane)};
         return true;
     }
 
@@ -164,7 +164,7 @@ class Finder {
         mine_ = next_.check(p_, base_ + lane);
         load_chunk(p_, base_ + 32 + lane, next_);
         count_ = items(p_, mine_);
-        total_ = __reduce_add_sync(kWarp, count_);
+        total_ = __reduce_add_sync(kAllLanes, count_);
     }
 
     const PagedAttention& p_;
