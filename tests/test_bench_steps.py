@@ -1,6 +1,7 @@
 """bench.py attention and mixed: what is timed is what the table says, and the figures follow from it."""
 
 import json
+from contextlib import closing
 from itertools import cycle
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from helpers import save_checkpoint
 from test_bench import bench
 
 from nanoinfer.bench import attention, machine, mixed, target
+from nanoinfer.bench.decoding import begin_to_decode, open_engine
 from nanoinfer.bench.target import Target
 
 
@@ -69,6 +71,20 @@ def test_every_case_of_attention_is_one_of_an_engine() -> None:
         assert all(0 < q <= kv for q, kv in zip(chunks.q_lens, chunks.kv_lens, strict=True))
     lengths = attention.CASES["decode 64 x 128 to 16k"].kv_lens
     assert min(lengths) < 256 and max(lengths) > 12_000 and len(set(lengths)) > 50
+
+
+def test_requests_decode_after_a_run_of_all_of_them(tmp_path: Path) -> None:
+    """Which warms up what is timed then: as many steps, of the same shapes."""
+    save_checkpoint(tmp_path)
+    with closing(open_engine(Target("tiny", str(tmp_path), False, "cpu", "float32"), {"max_num_seqs": 3})) as engine:
+        launch, sizes = engine.runner.launch, []
+        engine.runner.launch = lambda step: sizes.append((step.ends - step.starts).tolist()) or launch(step)
+        begin_to_decode(engine, 3, 5, 4)
+        begun = [len(seq.output_tokens) for seq in engine.sequences]
+        while engine.has_unfinished_requests():
+            engine.step()
+    run = [[5, 5, 5]] + [[1, 1, 1]] * 3
+    assert sizes == run + run and begun == [1, 1, 1]
 
 
 def test_mixed_steps_are_what_they_say(tmp_path: Path, monkeypatch) -> None:

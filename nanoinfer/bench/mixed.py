@@ -4,6 +4,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from nanoinfer.bench.decoding import begin_to_decode, open_engine
 from nanoinfer.bench.machine import timed
 from nanoinfer.bench.target import Target
 
@@ -26,31 +27,16 @@ class Mixed:
 
 
 def measure(target: Target, batch: int, context: int, chunk: int) -> Mixed:
-    from nanoinfer import SamplingParams
-
-    with closing(_engine(target, batch + 1, chunk + batch)) as engine:
-        params = SamplingParams(max_tokens=8 * STEPS, ignore_eos=True, temperature=0.6, detokenize=False)
-        for i in range(batch):
-            engine.add_request([(i + j) % 1000 for j in range(context)], params)
-        while any(not seq.output_tokens for seq in engine.sequences):
-            engine.step()
+    options = {"max_num_seqs": batch + 1, "max_num_batched_tokens": chunk + batch}
+    with closing(open_engine(target, options)) as engine:
+        begin_to_decode(engine, batch, context, 8 * STEPS)
         decode = _step_ms(engine, target)
         _add_prompt(engine, chunk)
         mixed = _step_ms(engine, target)
-    with closing(_engine(target, 1, chunk)) as engine:
+    with closing(open_engine(target, {"max_num_seqs": 1, "max_num_batched_tokens": chunk})) as engine:
         _add_prompt(engine, chunk)
         prefill = _step_ms(engine, target)
     return Mixed(batch, context, chunk, decode, prefill, mixed)
-
-
-def _engine(target: Target, max_num_seqs: int, max_num_batched_tokens: int) -> "LLMEngine":
-    from nanoinfer import LLMEngine
-
-    return LLMEngine(
-        target.folder, device=target.device, dtype=target.dtype, skip_tokenizer_init=True,
-        load_format="dummy" if target.dummy else "auto", enable_prefix_caching=False,
-        max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
-    )  # fmt: skip
 
 
 def _add_prompt(engine: "LLMEngine", chunk: int) -> None:

@@ -16,16 +16,14 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from nanoinfer.bench.decoding import begin_to_decode, open_engine
 from nanoinfer.bench.engines import Options
 from nanoinfer.bench.machine import timed
 from nanoinfer.bench.target import Target
-
-if TYPE_CHECKING:
-    from nanoinfer import LLMEngine
 
 Event = dict[str, Any]  # of a trace
 
@@ -77,16 +75,8 @@ def measure(target: Target, options: Options, batch: int, context: int) -> Profi
     """Profile a steady decode step. Raises SystemExit without CUDA."""
     if target.device != "cuda":
         raise SystemExit("profile needs a CUDA device: it shows what runs on a GPU")
-    from nanoinfer import LLMEngine
-
-    engine = LLMEngine(
-        target.folder, device=target.device, dtype=target.dtype, skip_tokenizer_init=True,
-        load_format="dummy" if target.dummy else "auto", max_num_seqs=batch, enable_prefix_caching=False, **options,
-    )  # fmt: skip
-    _begin_to_decode(engine, batch, context)
-    while engine.has_unfinished_requests():  # all of it once before: an idle GPU's clock takes its time to rise
-        engine.step()
-    _begin_to_decode(engine, batch, context)
+    engine = open_engine(target, {"max_num_seqs": batch, **options})
+    begin_to_decode(engine, batch, context, 8 * STEPS)
     plain_us = 1e6 / STEPS * median(timed(lambda: [engine.step() for _ in range(STEPS)], "cuda") for _ in range(3))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         for _ in range(STEPS):
@@ -97,17 +87,6 @@ def measure(target: Target, options: Options, batch: int, context: int) -> Profi
         profiler.export_chrome_trace(f"{folder}/trace.json")
         events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
     return from_events(events, batch, context, plain_us)
-
-
-def _begin_to_decode(engine: "LLMEngine", batch: int, context: int) -> None:
-    """Give the engine requests, and run it until each has its first token."""
-    from nanoinfer import SamplingParams
-
-    params = SamplingParams(max_tokens=8 * STEPS, ignore_eos=True, temperature=0.6, detokenize=False)
-    for i in range(batch):
-        engine.add_request([(i + j) % 1000 for j in range(context)], params)
-    while any(not seq.output_tokens for seq in engine.sequences):
-        engine.step()
 
 
 def from_events(events: Sequence[Event], batch: int, context: int, plain_us: float) -> Profile:
