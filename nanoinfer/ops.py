@@ -275,7 +275,10 @@ def tall_tiles(x: Tensor, weight: Tensor) -> GatedTiles | None:
 
 
 def takes_thin(op: str, x: Tensor, weight: Tensor, float_out: bool = False) -> bool:
-    """Whether x has so few rows that `op`, one of the thin ones, is for it and weight, and there is a kernel."""
+    """Whether x has so few rows that `op`, one of the thin ones, is for it and weight, and there is a kernel.
+
+    float_out: sums are wanted unrounded, which of the kernels for more rows none gives.
+    """
     if x.shape[0] > THIN_ROWS or x.dtype not in HALVES or (op, x.device.type.upper()) not in COMPILED:
         return False
     outputs, inputs = weight.shape

@@ -109,7 +109,7 @@ def shares() -> Iterator[Case]:
 THIN = [(3, 40, 1536), (3, 41, 1541), (3, 128, 896), (3, 77, 453), (12, 128, 896), (12, 77, 453)]
 THIN_PLANS = [
     (12, 40, 1536), (12, 40, 2048), (3, 1072, 2048), (12, 4240, 64), (3, 2128, 8192), (12, 8464, 64), (3, 65552, 32),
-]  # fmt: skip  # and what else plan_thin_linear says
+]  # fmt: skip  # and what else plan_thin_linear says, but for 4 warps that have as many weights as lm_head's
 THIN_GATED = [(3, 144, 200), (3, 38, 453), (12, 144, 200), (12, 38, 453)]
 
 

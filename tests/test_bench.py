@@ -195,10 +195,19 @@ def test_ops_measures_every_op(tiny_ops, capsys) -> None:
     assert {row["op"].split()[0] for row in rows} == nanoinfer.ops.SCHEMAS.keys() - for_gpus | {"linear"}
     assert {row["step"] for row in rows} == {"decode 1", "decode 20", "prefill"}
     assert all(row["microseconds"] > 0 for row in rows)
+    assert ("decode 1", "thin_linear gate_up, silu") in {(row["step"], row["op"]) for row in rows}
     (down,) = (row for row in rows if (row["step"], row["op"]) == ("decode 1", "thin_linear down"))
     assert down["gb_per_s"] * down["microseconds"] == pytest.approx((96 * 128 + 96 + 128) * 2 / 1e3)
     assert down["tflop_per_s"] * down["microseconds"] == pytest.approx(2 * 96 * 128 / 1e6)
     assert down["share_of_limit"] == pytest.approx(max(down["gb_per_s"] / read, down["tflop_per_s"] / flops))
+
+
+def test_ops_name_what_a_wide_product_takes(monkeypatch) -> None:
+    """Of float sums thin_linear, where for others the table says that it ends at fewer rows."""
+    monkeypatch.setattr(nanoinfer.ops, "_has_tiles", lambda device: True)
+    monkeypatch.setitem(nanoinfer.ops.THIN_UP_TO, (211, 128, False), 8)
+    x, weight = torch.ones(9, 128).bfloat16(), torch.ones(211, 128).bfloat16()
+    assert [ops._product(x, weight, gated=False, wide=wide) for wide in (True, False)] == ["thin_linear", "linear"]
 
 
 @pytest.mark.parametrize(("rows", "length"), [(3, 1), (1, 40)])

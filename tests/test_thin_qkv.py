@@ -183,6 +183,18 @@ def test_refused(device: str, message: str) -> None:
         ops.thin_qkv(**arguments | REFUSED[message](arguments))
 
 
+@pytest.mark.parametrize("rows", [0, 3])
+def test_qkv_does_without_the_kernel(monkeypatch, device: str, rows: int) -> None:
+    """Of no rows as well: nothing but the shape of the queries is left."""
+    monkeypatch.setattr(ops, "COMPILED", ops.COMPILED - {("thin_qkv", device.upper())})
+    monkeypatch.delattr(ops, "thin_qkv")
+    arguments = on(device, qkv_arguments(3, 200, (3, 1, 20), torch.bfloat16))
+    arguments |= {k: arguments[k][:rows] for k in ("x", "positions", "slots")}
+    before = arguments["kv"].clone()
+    assert ops.qkv(**arguments).shape == (rows, 3, 20)
+    assert torch.equal(arguments["kv"], before) == (rows == 0)
+
+
 @pytest.mark.parametrize("rows", [3, 20])
 def test_qkv_is_the_same_with_and_without_it(monkeypatch, device: str, rows: int) -> None:
     """By number of rows and dtype, and only where all of a head is rotated; one op after the other elsewhere."""

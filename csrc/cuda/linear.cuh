@@ -349,9 +349,10 @@ cudaError_t launch_thin_linear(const ThinLinear& p, const ThinPlan& plan, cudaSt
                           : launch_thin_linear<T, 2, false>(p, plan.split, stream);
 }
 
-// The best, or within 1 % of a step of it, of splits 1 to 16 and 1 or 2 columns for each matrix of Qwen2.5 0.5B, 1.5B
-// and 7B in a model's step on an H200 (132 SMs), 1 and 8 rows. The fewer tiles there are for an SM, the more warps have
-// to share one to keep the memory busy; where there are many, small blocks even out what the SMs get.
+// The best, or within 1.2 % of a step of it, of splits 2, 4, 6, 8, 12 and 16 and of 1 or 2 columns for each matrix of
+// Qwen2.5 0.5B, 1.5B and 7B in a model's step on an H200 (132 SMs), 1 to 8 rows. The fewer tiles there are for an SM,
+// the more warps have to share one to keep the memory busy; where there are many, small blocks even out what the SMs
+// get.
 inline ThinPlan plan_thin_linear(const ThinLinear& p) {
     const int64_t weight_rows = p.kind == ThinKind::kPlain ? p.out_dim : 2 * p.out_dim;
     const int64_t tiles = ceil_div(weight_rows, 2 * kTileCols);
