@@ -148,12 +148,15 @@ def prepare_batch(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich, 2019). x [T, D], weight [D]."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich, 2019). x [T, D], weight [D].
+
+    When it reads weight, see `thin_linear`.
+    """
     return _ops.rms_norm(x, weight, eps)  # type: ignore[no-any-return]
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """residual += x in place, then rms_norm of the sum as stored. x, residual [T, D], weight [D]."""
+    """residual += x in place, then `rms_norm` of the sum as stored. x, residual [T, D], weight [D]."""
     return _ops.add_rms_norm(x, residual, weight, eps)  # type: ignore[no-any-return]
 
 
@@ -206,8 +209,8 @@ def paged_attention(
 def thin_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, float_out: bool = False) -> Tensor:
     """x @ weight.T + bias with float32 sums, for few rows. x [M, K], M <= THIN_ROWS; weight [N, K]; bias [N].
 
-    Returns [M, N] of x's dtype, or float32 where float_out. It may read weight before the stream's earlier kernels have
-    ended: none of this package's own may have written it since the last foreign one.
+    Returns [M, N] of x's dtype, or float32 where float_out. It may read weight and bias before the stream's earlier
+    kernels have ended: none of this package's own may have written them since the last foreign one.
     """
     return _ops.thin_linear(x, weight, bias, float_out)  # type: ignore[no-any-return]
 
@@ -226,7 +229,7 @@ def thin_qkv(
     """`thin_linear` to heads of queries, keys and values, then `rotary_store_kv` of these, bit for bit; the queries.
 
     x [M, K], M <= THIN_ROWS; weight [(Hq + 2 Hkv) D, K], bias [(Hq + 2 Hkv) D]; the rest as there, with cos_sin [P, D]:
-    all of a head is rotated. Returns [M, Hq, D]. When it reads weight, see `thin_linear`.
+    all of a head is rotated. Returns [M, Hq, D]. When it reads weight and bias, see `thin_linear`.
     """
     return _ops.thin_qkv(x, weight, bias, kv, positions, slots, cos_sin)  # type: ignore[no-any-return]
 

@@ -113,7 +113,8 @@ def test_waits_for_what_it_reads(device: str) -> None:
             if i % 2 == 0:
                 ops.prepare_batch(**{**step, "chunks": chunks[i // 2 % 8]})
                 after()
-            h = ops.thin_qkv(h, kv=kv, **read, **rest).flatten(1)
+            fresh = {"bias": rest["bias"] * (2 + i)} if i % 3 == 1 else {}  # which a foreign kernel has just written
+            h = ops.thin_qkv(h, kv=kv, **read, **{**rest, **fresh}).flatten(1)
             after()
         return torch.cat((h.flatten(), kv.flatten()))
 

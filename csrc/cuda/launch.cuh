@@ -7,8 +7,8 @@
 // row 20.3 us in place of 23.2 on an H200, 1.5B's 37.4 in place of 42.0, 7B's 131 in place of 135. Two rules keep it
 // right, whoever wrote the kernel before:
 //   - A kernel reads and writes nothing until wait_for_earlier_kernels() has returned; before that it may work out
-//     addresses. Weights alone it may read before, if its op says that no kernel of ours may have written them since
-//     the last of torch's kernels, which start when all before them have ended.
+//     addresses. Weights and biases alone it may read before, if its op says that no kernel of ours may have written
+//     them since the last of torch's kernels, which start when all before them have ended.
 //     One op may read more, if its caller says that this was written long before: see tables_ready of paged_attention.
 //     The kernel that op launches second reads lengths early, too: the first lets it start when all before have ended.
 //   - Every thread of every block calls it: a kernel that ended without would let the next one go on too early.

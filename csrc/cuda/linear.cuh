@@ -194,10 +194,20 @@ __device__ inline float add_parts(const float* parts, int apart, int split) {
 // A pair of a row's queries, keys or values: where it goes, and what happens to it on its way.
 template <typename T>
 struct Pair {
-    T* to;                    // null: nowhere
-    float bias[2], cos, sin;  // -0 where there is no bias: it leaves every sum as it is
+    T* to;  // null: nowhere
+    float cos, sin;
     bool turned;
 };
+
+// What is added to the sums of pair number `index`, if there are so many; -0, which leaves a sum as it is, where there
+// is no bias. Not as floats: nothing may wait for them before the weights are asked for.
+template <typename T>
+__device__ inline Vec<T, 2> pair_bias(const ThinLinear& p, int index) {
+    if (!p.bias || index >= p.out_dim) return {from_float<T>(-0.f), from_float<T>(-0.f)};
+    const int half = p.rotary.head_dim / 2;
+    const T* first = static_cast<const T*>(p.bias) + int64_t(index / half) * p.rotary.head_dim + index % half;
+    return {first[0], first[half]};
+}
 
 // Pair number `index` of a row, if there are so many: one of the first halves of heads, with that of the second.
 template <typename T>
@@ -207,10 +217,6 @@ __device__ inline Pair<T> find_pair(const ThinLinear& p, int row, int index) {
     if (row >= p.rows || index >= p.out_dim) return pair;
     const int half = r.head_dim / 2, head = index / half, i = index % half, position = r.positions[row];
     const int slot = head < r.q_heads ? -1 : r.slots[row], value = head >= r.q_heads + r.kv_heads;
-    const int64_t col = int64_t(head) * r.head_dim + i;
-    for (int part = 0; part < 2; ++part) {
-        pair.bias[part] = p.bias ? to_float(static_cast<const T*>(p.bias)[col + part * half]) : -0.f;
-    }
     const bool known = position >= 0 && position < r.num_positions;
     pair.turned = known && !value;
     if (pair.turned) {
@@ -218,7 +224,7 @@ __device__ inline Pair<T> find_pair(const ThinLinear& p, int row, int index) {
         pair.cos = angles[0], pair.sin = angles[half];
     }
     if (head < r.q_heads) {
-        pair.to = static_cast<T*>(r.q) + row * r.q_stride + col;
+        pair.to = static_cast<T*>(r.q) + row * r.q_stride + int64_t(head) * r.head_dim + i;
     } else if (known && slot >= 0 && slot < r.num_slots) {
         pair.to = slot_address<T>(r, slot, value, head - r.q_heads - value * r.kv_heads) + i;
     }
@@ -228,7 +234,7 @@ __device__ inline Pair<T> find_pair(const ThinLinear& p, int row, int index) {
 // Rounds a pair's sums, turns and writes it, as rotary_store_kv would.
 template <typename T>
 __device__ inline void write_pair(const ThinLinear& p, const Pair<T>& pair, float first, float second) {
-    float a = to_float(from_float<T>(first + pair.bias[0])), b = to_float(from_float<T>(second + pair.bias[1]));
+    float a = to_float(from_float<T>(first)), b = to_float(from_float<T>(second));
     if (pair.turned) turn(a, b, pair.cos, pair.sin);
     if (!pair.to) return;
     pair.to[0] = from_float<T>(a);
@@ -244,9 +250,11 @@ __global__ void __launch_bounds__(kMaxSplit* kWarp, 1) thin_linear_kernel(const 
     extern __shared__ float partial[];                                            // [split, kThinRows, kTile]
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, split = blockDim.x / kWarp;
     let_next_kernel_start();
+    int i = threadIdx.x;
+    Vec<T, 2> bias = {};  // ahead of the wait, as weights are; of all the pairs that a thread has
+    if constexpr (kKind == ThinKind::kRotated) bias = pair_bias<T>(p, blockIdx.x * kWide + i % kWide);
     float sums[kCols][4] = {};
     multiply<T, kCols, kBoth, kAligned, kKind>(p, warp, split, sums);
-    int i = threadIdx.x;
     Pair<T> pair = {};  // on its way while the block adds up
     if constexpr (kKind == ThinKind::kRotated) pair = find_pair<T>(p, i / kWide, blockIdx.x * kWide + i % kWide);
     for (int c = 0; c < kCols; ++c) {
@@ -270,7 +278,7 @@ __global__ void __launch_bounds__(kMaxSplit* kWarp, 1) thin_linear_kernel(const 
                 write_sum<T>(p, row, col, swiglu(to_float(from_float<T>(sum)), to_float(from_float<T>(other))));
             } else {
                 if (i != threadIdx.x) pair = find_pair<T>(p, row, int(col));  // of fewer than 16 x 8 threads
-                write_pair<T>(p, pair, sum, other);
+                write_pair<T>(p, pair, sum + to_float(bias.at[0]), other + to_float(bias.at[1]));
             }
         }
     }

@@ -145,6 +145,7 @@ __global__ void __launch_bounds__(kMaxTileThreads, 1) tile_linear_kernel(const _
     const int consumers = blockDim.x - kWarp, ahead = min(work.count, p.stages);
     let_next_kernel_start();
     if (threadIdx.x == consumers) begin_copies<kCols, kGated>(p, work, all, ring_at, consumers, ahead);
+    if (p.bias) prefetch_bias<kCols>(p, work);
     __syncwarp();
     if (p.split > 1) {
         meet_cluster();  // all blocks' barriers are there

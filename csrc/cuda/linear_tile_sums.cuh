@@ -64,6 +64,14 @@ __device__ inline RowSpan rows_of(const TileParams& p, const TileWork& work, int
     return {rows * part / p.split, rows * (part + 1) / p.split};
 }
 
+// Has the biases of the block's columns, each 32 bytes of which a thread asks for, brought to the second cache.
+template <int kCols>
+__device__ inline void prefetch_bias(const TileParams& p, const TileWork& work) {
+    const int64_t col = int64_t(work.tile) * kCols + threadIdx.x * 16;
+    if (threadIdx.x * 16 >= kCols || col >= p.out_dim) return;
+    asm volatile("prefetch.global.L2 [%0];" : : "l"(static_cast<const uint16_t*>(p.bias) + col));
+}
+
 __device__ inline float silu_times(float gate, float up) { return gate / (1.f + __expf(-gate)) * up; }
 
 // Writes a warp's 16 rows by way of its own place in shared memory: neighbouring lanes then write neighbouring bytes.

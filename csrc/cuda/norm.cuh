@@ -54,18 +54,20 @@ template <typename T, int kVec, bool kAdd>
 __global__ void __launch_bounds__(kNormThreads, kNormBlocks) rms_norm_kernel(const __grid_constant__ RmsNorm p) {
     __shared__ float scratch[kNormThreads / kWarp];
     let_next_kernel_start();
-    wait_for_earlier_kernels();
     constexpr int kStep = kNormThreads * kVec;
     const int64_t row = blockIdx.x;
     const int first = threadIdx.x * kVec;
-    const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
-    T* residual = static_cast<T*>(p.residual) + row * p.residual_stride;  // of no use unless kAdd
     const T* weight = static_cast<const T*>(p.weight);
     Vec<T, kVec> held, held_weight;
+    // Ahead of the wait: the second cache has x, but not weights, for which memory takes 1 us or more while the next
+    // product loads its own.
+    if (first < p.dim) held_weight = load<T, kVec>(weight + first);
+    wait_for_earlier_kernels();
+    const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
+    T* residual = static_cast<T*>(p.residual) + row * p.residual_stride;  // of no use unless kAdd
     float sum = 0;
     if (first < p.dim) {
         held = load<T, kVec>(x + first);
-        held_weight = load<T, kVec>(weight + first);  // on its way while the block sums
         if constexpr (kAdd) held = add_to(residual + first, held);
         sum = sum_of_squares(held);
     }
