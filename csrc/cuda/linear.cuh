@@ -187,7 +187,10 @@ __device__ inline void write_sum(const ThinLinear& p, int row, int64_t col, floa
 // A result's parts from all warps, added in the order of k.
 __device__ inline float add_parts(const float* parts, int apart, int split) {
     float sum = parts[0];
-    for (int part = 1; part < split; ++part) sum += parts[part * apart];
+#pragma unroll  // so that all loads are on their way at once
+    for (int part = 1; part < kMaxSplit; ++part) {
+        if (part < split) sum += parts[part * apart];
+    }
     return sum;
 }
 
