@@ -67,7 +67,7 @@ FAKES: dict[str, Callable[..., Tensor]] = {
 # Most rows that `thin_linear`, `thin_gated_linear` and `thin_qkv` take. On two AVX-512 cores a 4864 x 896 bf16 layer
 # takes 234, 357 and 668 us for 1, 8 and 16 rows, torch's linear 535, 520 and 543. Sixteen all the same: what it
 # computes for a row does not depend on how many run beside it, which the library does not promise. (On some GPUs that
-# ends at 8 rows: see THIN_UP_TO.)
+# ends at 4 or 8 rows: see THIN_UP_TO.)
 THIN_ROWS = 16
 TALL_ROWS = 256  # `tall_gated_linear` is for more, and for some fewer: see tiles.py
 FEW = 32  # most ids for which `tell_logprobs` has a kernel

@@ -172,7 +172,7 @@ def test_linear_follows_the_table(monkeypatch) -> None:
 
 @pytest.mark.parametrize("has_tiles", [False, True])
 def test_thin_products_end_where_the_table_says(monkeypatch, has_tiles: bool) -> None:
-    """At 8 rows for some weights, where there is a kernel for more; else at THIN_ROWS."""
+    """At 4 or 8 rows for some weights, where there is a kernel for more; else at THIN_ROWS."""
     monkeypatch.setattr(ops, "_has_tiles", lambda device: has_tiles)
     monkeypatch.setattr(ops, "COMPILED", {(op, "CPU") for op in ("thin_linear", "thin_gated_linear", "thin_qkv")})
     number = torch.zeros(1, 1, dtype=torch.bfloat16)
