@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanoinfer.engine.rows import Ints, Step
+from nanoinfer.engine.rows import Ints, Step, indices
 from nanoinfer.engine.sequence import Sequence
 from nanoinfer.row_state import (
     FLAG_SAMPLE,
@@ -108,12 +108,12 @@ class RequestTable:
         new = self.occupancy[step.rows] != step.occupancies
         self.occupancy[step.rows] = step.occupancies
         self.sent_blocks[step.rows[new]] = 0
-        return [step.seqs[i] for i in np.flatnonzero(new).tolist()]
+        return [step.seqs[i] for i in indices(new)]
 
     def _new_blocks(self, step: Step) -> list[Edit]:
         """The blocks that the rows on the device lack."""
         edits = list[Edit]()
-        for i in np.flatnonzero(step.num_blocks > self.sent_blocks[step.rows]).tolist():
+        for i in indices(step.num_blocks > self.sent_blocks[step.rows]):
             row, sent = int(step.rows[i]), int(self.sent_blocks[step.rows[i]])
             edits += [(row, sent + k, block) for k, block in enumerate(step.seqs[i].block_table[sent:])]
         self.sent_blocks[step.rows] = step.num_blocks
@@ -130,6 +130,6 @@ class RequestTable:
         ends = sizes.cumsum()
         tokens = self.host["tokens"]
         tokens[: ends[-1]] = -1
-        for i in np.flatnonzero((sizes > 1) | ~step.samples).tolist():
+        for i in indices((sizes > 1) | ~step.samples):
             tokens[ends[i] - sizes[i] : ends[i]] = step.seqs[i].tokens[step.starts[i] : step.ends[i]]
         return int(ends[-1])

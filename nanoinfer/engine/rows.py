@@ -30,6 +30,11 @@ class Chunk(NamedTuple):
     store: bool  # False: the position lies in a shared block and is recomputed for its logits only
 
 
+def indices(where: Flags) -> list[int]:
+    """Indices of what is set. numpy's own flatnonzero is Python: a step asks nine times, which took it 18 us more."""
+    return where.nonzero()[0].tolist()
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Step:
     """A chunk of each of some sequences, in columns, as it was when scheduled. Decodes come first."""

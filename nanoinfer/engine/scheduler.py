@@ -15,7 +15,7 @@ from time import monotonic
 import numpy as np
 
 from nanoinfer.engine.block_manager import BlockManager
-from nanoinfer.engine.rows import Ints, Rows, Step
+from nanoinfer.engine.rows import Ints, Rows, Step, indices
 from nanoinfer.engine.sequence import Sequence, Status, ToldByPlace
 
 _arrival = attrgetter("index")
@@ -45,10 +45,9 @@ class Scheduler:
         decodes = self._decodes()
         # Preempted just now: admitting would take the blocks straight back.
         admit = len(self.waiting) == num_waiting
-        prefills = np.array(self._prefills(self.max_num_batched_tokens - len(decodes), admit), dtype=np.int32)
-        prefills = prefills.reshape(-1, 2)
-        rows = np.concatenate((decodes, prefills[:, 0]))
-        ends = np.concatenate((self.rows.length[decodes], prefills[:, 1]))
+        rows, ends = decodes, self.rows.length[decodes]
+        if prefills := self._prefills(self.max_num_batched_tokens - len(decodes), admit):
+            rows, ends = np.concatenate((np.stack((rows, ends)), np.array(prefills, dtype=np.int32).T), axis=1)
         return self.rows.advance(rows, ends) if len(rows) else None
 
     def _decodes(self) -> Ints:
@@ -119,10 +118,10 @@ class Scheduler:
         table.in_flight[step.rows] -= 1
         running = table.running[step.rows]
         table.committed[step.rows[running]] = step.ends[running]
-        for i in np.flatnonzero(running & (step.ends // size > step.starts // size)).tolist():
+        for i in indices(running & (step.ends // size > step.starts // size)):
             self.blocks.publish(step.seqs[i], int(step.ends[i]))
         finished = self._take(step, tokens, told or {})
-        for i in np.flatnonzero(~running).tolist():
+        for i in indices(~running):
             self._free_row(step.seqs[i])
         return finished
 
@@ -132,20 +131,20 @@ class Scheduler:
         A sequence that ended while this was in flight drops its surplus token; a preempted one still takes it.
         """
         table, rows, ends = self.rows, step.rows[step.samples], step.ends[step.samples]
-        seqs = [step.seqs[i] for i in np.flatnonzero(step.samples).tolist()]
+        seqs = [step.seqs[i] for i in indices(step.samples)]
         takes = table.unfinished[rows] & (tokens >= 0)
-        for i, token in zip(np.flatnonzero(takes).tolist(), tokens[takes].tolist(), strict=True):
+        for i, token in zip(indices(takes), tokens[takes].tolist(), strict=True):
             seqs[i].tokens.append(token)
         for i, (logprobs, own) in told.items():
             if takes[i]:
                 seqs[i].logprobs.append(logprobs)
                 seqs[i].cumulative_logprob += own
         self.num_generated += int(np.count_nonzero(takes))
-        for i in np.flatnonzero(ends == table.prompt_length[rows]).tolist():
+        for i in indices(ends == table.prompt_length[rows]):
             seqs[i].first_token_time = monotonic()
         stops = (table.stop_ids[rows] == tokens[:, None]).any(axis=1)
         last = table.unfinished[rows] & (stops | (tokens < 0) | (ends + 1 >= table.max_length[rows]))
-        finished = [seqs[i] for i in np.flatnonzero(last).tolist()]
+        finished = [seqs[i] for i in indices(last)]
         for seq, token in zip(finished, tokens[last].tolist(), strict=True):
             self._end(seq, token)
         return finished

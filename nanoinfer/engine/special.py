@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nanoinfer import ops
 from nanoinfer.engine.logits_rules import Upload, apply_rules
-from nanoinfer.engine.rows import Ints, Step
+from nanoinfer.engine.rows import Ints, Step, indices
 from nanoinfer.engine.sequence import Sequence, ToldByPlace
 from nanoinfer.outputs import TokenLogprobs
 
@@ -156,7 +156,7 @@ def _prompt_chunks(step: Step) -> Iterator[tuple[Sequence, int, int, int]]:
     """Sequence, first position, positions whose next token is the prompt's, and where they are in the step."""
     offsets = np.cumsum(step.ends - step.starts) - (step.ends - step.starts)
     decodes = step.samples & (step.ends - step.starts == 1)
-    for i in np.flatnonzero(step.special & ~decodes).tolist():
+    for i in indices(step.special & ~decodes):
         seq, start = step.seqs[i], int(step.starts[i])
         count = min(int(step.ends[i]), seq.num_prompt_tokens - 1) - start
         if seq.params.prompt_logprobs is not None and count > 0:
