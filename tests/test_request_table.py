@@ -17,6 +17,8 @@ class Host:
     def __init__(self, blocks_per_row: int = 4) -> None:
         self.rows = Rows(8)
         self.table = RequestTable(8, blocks_per_row, 64, max_chunks=3, max_tokens=16, device=torch.device("cpu"))
+        self.message = torch.zeros(self.table.message_size, dtype=torch.int32)
+        self.sections = self.table.arrays(self.message)
 
     def move_in(self, row: int, blocks: list[int], num_tokens: int = 6) -> Sequence:
         tokens = list(range(10, 10 + num_tokens))
@@ -32,13 +34,14 @@ class Host:
         """Run each row on to a length; header and edits of each message of that step."""
         rows, ends = (np.array(list(values), dtype=np.int32) for values in (chunks.keys(), chunks.values()))
         sent = []
-        for size, _ in self.table.messages(self.rows.advance(rows, ends)):
-            message = self.table.message.clone()
+        self.message.fill_(-9)  # as an earlier step left it
+        for size, _ in self.table.messages(self.rows.advance(rows, ends), self.sections):
+            message = self.message.clone()
             message[size:] = -7  # not sent
-            parts = {name: part.numpy() for name, part in self.table.views(message).items()}
+            parts = self.table.arrays(message)
             header = parts["header"].tolist()
             used = dict(zip(("new_rows", "edits", "chunks", "tokens"), header, strict=True))
-            assert all((parts[name][:count] == self.table.host[name][:count]).all() for name, count in used.items())
+            assert all((parts[name][:count] == self.sections[name][:count]).all() for name, count in used.items())
             sent.append((header, parts["edits"][: header[1]].tolist()))
         return sent
 
@@ -82,10 +85,10 @@ def test_chunks_carry_known_tokens_and_mark_the_last_one() -> None:
     host.move_in(1, [2, 3])
     host.send({0: 2, 1: 6})
     host.send({1: 7, 0: 5})
-    assert host.table.host["tokens"][:4].tolist() == [-1, 12, 13, 14]
-    assert host.table.host["chunks"][:2].tolist() == [[1, 6, 7, FLAG_SAMPLE | FLAG_STORE], [0, 2, 5, FLAG_STORE]]
+    assert host.sections["tokens"][:4].tolist() == [-1, 12, 13, 14]
+    assert host.sections["chunks"][:2].tolist() == [[1, 6, 7, FLAG_SAMPLE | FLAG_STORE], [0, 2, 5, FLAG_STORE]]
     host.send({0: 6})
-    assert host.table.host["tokens"][:1].tolist() == [-1]
+    assert host.sections["tokens"][:1].tolist() == [-1]
     host.move_in(3, [1])
     host.send({3: 1})  # one token of a prompt, which is not the last
-    assert host.table.host["tokens"][:1].tolist() == [10]
+    assert host.sections["tokens"][:1].tolist() == [10]

@@ -29,6 +29,7 @@ from torch import Tensor
 from nanoinfer import ops
 from nanoinfer.batch import Batch
 from nanoinfer.engine.model_runner import EMPTY_STEP, CacheShape, Model, ModelRunner, StepHandle, StepShape
+from nanoinfer.engine.request_table import Sections
 from nanoinfer.engine.rows import Rows, Step
 from nanoinfer.engine.sequence import Sequence
 from nanoinfer.engine.special import PROMPT_ROWS, Special
@@ -49,8 +50,10 @@ class RingSlot:
     """A step's pinned host memory, so that the device copies from and to it on its own."""
 
     message: Tensor
+    sections: Sections  # of the message
     tokens: Tensor  # [chunks] int32
-    arrived: torch.cuda.Event  # the tokens are there
+    computed: torch.cuda.Event  # the step is over, but for its tokens' way to the host
+    arrived: torch.cuda.Event  # they are there
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,21 +91,22 @@ class CudaRunner(ModelRunner):
         self.pool = torch.cuda.graph_pool_handle()
         self.stream, self.copy_stream = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self.stream.wait_stream(torch.cuda.current_stream(device))  # what was just filled there is used here
-        self.message = torch.zeros_like(self.table.message, device=device)
-        self.sections = self.table.views(self.message)
         self.ring = [self._new_slot() for _ in range(RING)]
         self.num_launched = 0
+        self.fetched = torch.cuda.Event()  # the last step's tokens are, so that `sampled` may be written again
 
     def _new_slot(self) -> RingSlot:
-        message = torch.zeros_like(self.table.message, pin_memory=True)
-        return RingSlot(message, torch.zeros(self.max_chunks, dtype=torch.int32, pin_memory=True), torch.cuda.Event())
+        message = torch.zeros(self.table.message_size, dtype=torch.int32, pin_memory=True)
+        tokens = torch.zeros(self.max_chunks, dtype=torch.int32, pin_memory=True)
+        return RingSlot(message, self.table.arrays(message), tokens, torch.cuda.Event(), torch.cuda.Event())
 
     def launch(self, step: Step) -> StepHandle:
         slot = self.ring[self.num_launched % RING]
-        slot.arrived.synchronize()  # long ago, unless that step's handle was dropped
+        slot.arrived.synchronize()  # long ago, unless that step's handle was dropped; if it failed, check_device waited
         self.num_launched += 1
         shape = StepShape.of(step)
-        with torch.inference_mode(), torch.cuda.stream(self.stream):
+        # torch.cuda.stream(...) does the same in Python, in 10 us, not 1; but this may not be nested in itself.
+        with torch.inference_mode(), self.stream:
             self._send(step, slot)
             special = self.special(step)
             self._run(shape, special)
@@ -110,11 +114,10 @@ class CudaRunner(ModelRunner):
 
     def _send(self, step: Step, slot: RingSlot) -> None:
         """The step's message to the device: one copy, and one more for each load of edits that goes ahead."""
-        for size, last in self.table.messages(step):
-            slot.message[:size].copy_(self.table.message[:size])
+        for size, last in self.table.messages(step, slot.sections):
             self.message[:size].copy_(slot.message[:size], non_blocking=True)
             if not last:
-                self.apply(self.sections, self.batch(EMPTY_STEP))
+                self.apply(self.batch(EMPTY_STEP))
                 self.stream.synchronize()  # the pinned message is written again
 
     def _run(self, shape: StepShape, special: Special | None) -> None:
@@ -123,7 +126,7 @@ class CudaRunner(ModelRunner):
             graphs.forward.replay()
             if special is not None:
                 special.before(graphs.logits, 0)
-            self.stream.wait_stream(self.copy_stream)  # `sampled` still holds the last step's tokens
+            self.stream.wait_event(self.fetched)
             graphs.sample.replay()
             if special is not None:
                 special.after(self.sampled[:bucket])
@@ -133,7 +136,7 @@ class CudaRunner(ModelRunner):
             hidden = self._forward(self.batch(shape))
         else:
             hidden = self._run_chunks(shape)
-        self.stream.wait_stream(self.copy_stream)
+        self.stream.wait_event(self.fetched)
         self.sample(self.batch(shape), hidden, special)
 
     def _run_chunks(self, shape: StepShape) -> Tensor:
@@ -171,7 +174,7 @@ class CudaRunner(ModelRunner):
         return next((size for size in self.buckets if size >= shape.num_tokens), 0)
 
     def _forward(self, batch: Batch) -> Tensor:
-        self.apply(self.sections, batch)
+        self.apply(batch)
         return self.model(batch, self.kv_layers)
 
     def warm_up(self) -> None:
@@ -192,7 +195,7 @@ class CudaRunner(ModelRunner):
 
     def capture_step(self, bucket: int) -> None:
         """Capture the step of `bucket` requests, after running one of nobody's: capturing must not load kernels."""
-        with torch.inference_mode(), torch.cuda.stream(self.stream):
+        with torch.inference_mode(), self.stream:
             self.message.zero_()
             batch = self.batch(StepShape(bucket, bucket, bucket))
             self.sample(batch, self._forward(batch))
@@ -200,7 +203,7 @@ class CudaRunner(ModelRunner):
 
     def capture_chunks(self, shape: StepShape) -> None:
         """The same for a step with a prompt's chunk."""
-        with torch.inference_mode(), torch.cuda.stream(self.stream):
+        with torch.inference_mode(), self.stream:
             self.message.zero_()
             self._forward(self.batch(shape))
             self._capture_chunks(shape)
@@ -229,13 +232,15 @@ class CudaRunner(ModelRunner):
             graph.capture_end()
 
     def _read_back(self, step: Step, slot: RingSlot, num_samples: int, special: Special | None) -> StepHandle:
-        self.copy_stream.wait_stream(self.stream)
-        with torch.cuda.stream(self.copy_stream):
+        slot.computed.record(self.stream)  # named: to find the current one takes 5 us
+        self.copy_stream.wait_event(slot.computed)
+        with self.copy_stream:
             tokens = slot.tokens[:num_samples]
             tokens.copy_(self.sampled[:num_samples], non_blocking=True)
             if special is not None:
                 special.fetch(_to_host)
-            slot.arrived.record()
+            slot.arrived.record(self.copy_stream)
+        self.fetched = slot.arrived
         return StepHandle(step, tokens, slot.arrived.synchronize, special)
 
     def upload(self, array: npt.NDArray[Any]) -> Tensor:

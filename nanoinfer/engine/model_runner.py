@@ -131,6 +131,8 @@ class ModelRunner:
         self.kv_layers = self.kv.unbind(0)
         num_slots = cache.num_blocks * cache.block_size
         self.table = RequestTable(num_rows, blocks_per_row, num_slots, max_chunks, max_tokens, device)
+        self.message = torch.zeros(self.table.message_size, dtype=torch.int32, device=device)
+        self.sections = self.table.views(self.message)
         sizes = {"tokens": max_tokens, "positions": max_tokens, "slots": max_tokens, "q_starts": max_chunks + 1}
         sizes |= dict.fromkeys(("kv_lens", "rows", "logit_rows", "sample_rows"), max_chunks)
         self.buffers = {name: torch.zeros(size, dtype=torch.int32, device=device) for name, size in sizes.items()}
@@ -141,8 +143,8 @@ class ModelRunner:
         shape = StepShape.of(step)
         with torch.inference_mode():
             batch = self.batch(shape)
-            for _, last in self.table.messages(step):
-                self.apply(self.table.sections, batch if last else self.batch(EMPTY_STEP))
+            for _, last in self.table.messages(step, self.table.arrays(self.message)):
+                self.apply(batch if last else self.batch(EMPTY_STEP))
             special = self.special(step)
             self.sample(batch, self.model(batch, self.kv_layers), special)
             if special is not None:
@@ -166,9 +168,9 @@ class ModelRunner:
         views = {name: self.buffers[name][:size] for name, size in sizes.items()}
         return Batch(**views, block_tables=self.table.block_tables)
 
-    def apply(self, message: dict[str, Tensor], batch: Batch) -> None:
-        """Let the device edit its table by a message's sections, and write the step's batch."""
-        table = self.table
+    def apply(self, batch: Batch) -> None:
+        """Let the device edit its table by the message, and write the step's batch."""
+        table, message = self.table, self.sections
         ops.prepare_batch(
             message["header"], message["new_rows"], message["edits"], message["chunks"], message["tokens"],
             table.row_state, table.block_tables, table.slot_tokens,

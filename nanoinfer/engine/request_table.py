@@ -1,7 +1,7 @@
 """RequestTable: the device's table of running requests, and the one message a step that edits it.
 
-The host writes each step's message into a flat int32 buffer whose sections start at fixed offsets; `prepare_batch`
-applies it on the device. What the device already has is never sent again: a decode step costs four numbers a row.
+A message is a flat int32 buffer whose sections start at fixed offsets. The host writes it, and `prepare_batch` applies
+it on the device. What the device already has is never sent again: a decode step costs four numbers a row.
 """
 
 import math
@@ -32,6 +32,7 @@ from nanoinfer.row_state import (
 )
 
 Edit = tuple[int, int, int]  # row, index in its block table, block
+Sections = dict[str, Ints]  # of a message, in the host's memory
 
 
 def row_values(seq: Sequence) -> Ints:
@@ -68,40 +69,42 @@ class RequestTable:
             "tokens": (max_tokens,),
             "new_rows": (max_chunks, 1 + ROW_STATE_WIDTH),
         }
-        self.message = torch.zeros(sum(map(math.prod, self.shapes.values())), dtype=torch.int32)
-        self.sections = self.views(self.message)
-        self.upto_tokens = len(self.message) - max_chunks * (1 + ROW_STATE_WIDTH) - max_tokens
-        self.host: dict[str, Ints] = {name: section.numpy() for name, section in self.sections.items()}
+        self.message_size = sum(map(math.prod, self.shapes.values()))
+        self.upto_tokens = self.message_size - max_chunks * (1 + ROW_STATE_WIDTH) - max_tokens
         # What the device knows of each row: whose it is, and how many of its blocks were sent.
         self.occupancy = np.zeros(num_rows, dtype=np.int32)
         self.sent_blocks = np.zeros(num_rows, dtype=np.int32)
 
     def views(self, message: Tensor) -> dict[str, Tensor]:
-        """The sections of a flat message, this one's or a copy elsewhere."""
+        """The sections of a flat message."""
         parts = message.split([math.prod(shape) for shape in self.shapes.values()])
         return {name: part.view(shape) for part, (name, shape) in zip(parts, self.shapes.items(), strict=True)}
 
-    def messages(self, step: Step) -> Iterator[tuple[int, bool]]:
-        """Write a step's message into the buffer, to be applied before the next one is asked for.
+    def arrays(self, message: Tensor) -> Sections:
+        """The same of one in the host's memory."""
+        return {name: section.numpy() for name, section in self.views(message).items()}
 
-        Yields how many numbers of the buffer it takes, and whether it is the last one. Usually that is the only one.
-        More table edits than a message holds go ahead, without chunks.
+    def messages(self, step: Step, into: Sections) -> Iterator[tuple[int, bool]]:
+        """Write a step's message, to be applied before the next one is asked for.
+
+        Yields how many numbers of the flat buffer it takes, and whether it is the last one. Usually that is the only
+        one. More table edits than a message holds go ahead, without chunks.
         """
         new = self._moved_in(step)
         edits = self._new_blocks(step)
         while len(edits) > self.max_edits:
-            self.host["edits"][:] = edits[: self.max_edits]
-            self.host["header"][:] = 0, self.max_edits, 0, 0
+            into["edits"][:] = edits[: self.max_edits]
+            into["header"][:] = 0, self.max_edits, 0, 0
             yield self.upto_tokens, False
             edits = edits[self.max_edits :]
         if edits:
-            self.host["edits"][: len(edits)] = edits
+            into["edits"][: len(edits)] = edits
         for i, seq in enumerate(new):
-            self.host["new_rows"][i, 0], self.host["new_rows"][i, 1:] = seq.row, row_values(seq)
-        num_tokens = self._write_tokens(step)
-        self.host["header"][:] = len(new), len(edits), len(step), num_tokens
-        self._write_chunks(step)
-        yield len(self.message) if new else self.upto_tokens + num_tokens, True
+            into["new_rows"][i, 0], into["new_rows"][i, 1:] = seq.row, row_values(seq)
+        num_tokens = _write_tokens(step, into["tokens"])
+        into["header"][:] = len(new), len(edits), len(step), num_tokens
+        _write_chunks(step, into["chunks"])
+        yield self.message_size if new else self.upto_tokens + num_tokens, True
 
     def _moved_in(self, step: Step) -> list[Sequence]:
         """The sequences whose rows the device does not know as theirs."""
@@ -119,17 +122,18 @@ class RequestTable:
         self.sent_blocks[step.rows] = step.num_blocks
         return edits
 
-    def _write_chunks(self, step: Step) -> None:
-        columns = self.host["chunks"][: len(step)].T
-        columns[:3] = step.rows, step.starts, step.ends
-        columns[3] = FLAG_SAMPLE * step.samples + FLAG_STORE * step.stores
 
-    def _write_tokens(self, step: Step) -> int:
-        """The chunks' tokens; -1 for a row's last token, which the device has, and the host perhaps not yet."""
-        sizes = step.ends - step.starts
-        ends = sizes.cumsum()
-        tokens = self.host["tokens"]
-        tokens[: ends[-1]] = -1
-        for i in indices((sizes > 1) | ~step.samples):
-            tokens[ends[i] - sizes[i] : ends[i]] = step.seqs[i].tokens[step.starts[i] : step.ends[i]]
-        return int(ends[-1])
+def _write_chunks(step: Step, chunks: Ints) -> None:
+    columns = chunks[: len(step)].T
+    columns[:3] = step.rows, step.starts, step.ends
+    columns[3] = FLAG_SAMPLE * step.samples + FLAG_STORE * step.stores
+
+
+def _write_tokens(step: Step, tokens: Ints) -> int:
+    """The chunks' tokens; -1 for a row's last token, which the device has, and the host perhaps not yet."""
+    sizes = step.ends - step.starts
+    ends = sizes.cumsum()
+    tokens[: ends[-1]] = -1
+    for i in indices((sizes > 1) | ~step.samples):
+        tokens[ends[i] - sizes[i] : ends[i]] = step.seqs[i].tokens[step.starts[i] : step.ends[i]]
+    return int(ends[-1])
