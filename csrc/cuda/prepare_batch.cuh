@@ -62,15 +62,18 @@ __device__ inline void apply_edits(const PrepareBatch& p, int count) {
     }
 }
 
-// Chunk i of the message; one of length 0, of the scratch row, where there is none or it is out of range.
-__device__ inline Chunk chunk_at(const PrepareBatch& p, int i, int num_chunks, int num_tokens) {
-    const Chunk none = {int(p.num_rows - 1), 0, 0, 0};
-    if (i >= num_chunks) return none;
+// Chunk i of the message, if it has room for so many.
+__device__ inline Chunk read_chunk(const PrepareBatch& p, int i) {
+    if (i >= p.max_chunks) return {};
     const int32_t* c = p.chunks + 4 * int64_t(i);
-    const Chunk chunk = {c[0], c[1], c[2], c[3]};
-    const bool sound = chunk.row >= 0 && chunk.row < p.num_rows - 1 && chunk.start >= 0 && chunk.end > chunk.start &&
-                       chunk.end <= p.max_blocks * p.block_size && chunk.end - chunk.start <= num_tokens;
-    return sound ? chunk : none;
+    return {c[0], c[1], c[2], c[3]};
+}
+
+// The chunk; one of length 0, of the scratch row, where the message has none or it is out of range.
+__device__ inline Chunk sound_chunk(const PrepareBatch& p, const Chunk& c, bool there, int num_tokens) {
+    const bool sound = there && c.row >= 0 && c.row < p.num_rows - 1 && c.start >= 0 && c.end > c.start &&
+                       c.end <= p.max_blocks * p.block_size && c.end - c.start <= num_tokens;
+    return sound ? c : Chunk{int(p.num_rows - 1), 0, 0, 0};
 }
 
 // Sums of all threads' counts before this one's; `total` becomes the sum of all. `scratch`: a value a warp.
@@ -109,14 +112,13 @@ __device__ inline void write_chunk(const PrepareBatch& p, int i, const Chunk& c,
 
 // Token i of the step, the `offset`-th of its chunk.
 __device__ inline void write_token(const PrepareBatch& p, int i, const Chunk& c, int offset) {
-    const int position = c.start + offset, given = p.new_tokens[i];
-    const int token = given < 0 ? p.row_state[c.row * int64_t(kRowStateWidth) + kLastToken] : given;
-    int64_t slot = -1;
-    if (c.flags & kFlagStore) {
-        const int64_t block = p.block_tables[c.row * p.max_blocks + position / p.block_size];
-        slot = block * p.block_size + position % p.block_size;
-        if (slot < 0 || slot >= p.num_slots) slot = -1;
-    }
+    const int position = c.start + offset;
+    // Asked for at once, though not all are used: each takes the second cache's latency.
+    const int given = p.new_tokens[i], last = p.row_state[c.row * int64_t(kRowStateWidth) + kLastToken];
+    const int64_t block = p.block_tables[c.row * p.max_blocks + position / p.block_size];
+    const int token = given < 0 ? last : given;
+    int64_t slot = block * p.block_size + position % p.block_size;
+    if (!(c.flags & kFlagStore) || slot < 0 || slot >= p.num_slots) slot = -1;
     p.tokens[i] = token;
     p.positions[i] = position;
     p.slots[i] = int(slot);
@@ -156,6 +158,7 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_batch_kernel(const __
     __shared__ int begins[kPrepareThreads];
     let_next_kernel_start();
     wait_for_earlier_kernels();
+    Chunk read = read_chunk(p, threadIdx.x);  // on its way with the header
     const int num_new = clamp_count(p.header[0], p.max_new), num_edits = clamp_count(p.header[1], p.max_edits);
     const int num_chunks = clamp_count(p.header[2], min(p.max_chunks, p.chunk_room));
     const int num_tokens = clamp_count(p.header[3], min(p.max_tokens, p.token_room));
@@ -165,7 +168,8 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_batch_kernel(const __
     Counts done = {0, 0};  // in earlier rounds
     for (int first = 0; first < num_chunks; first += kPrepareThreads) {
         const int i = first + threadIdx.x, round = min(kPrepareThreads, num_chunks - first);
-        const Chunk c = chunk_at(p, i, num_chunks, num_tokens);
+        const Chunk c = sound_chunk(p, read, i < num_chunks, num_tokens);
+        read = read_chunk(p, i + kPrepareThreads);
         Counts total, begin = sum_before({c.end - c.start, (c.flags & kFlagSample) != 0}, total, scratch);
         begin = {begin.tokens + done.tokens, begin.logits + done.logits};
         chunks[threadIdx.x] = c;
