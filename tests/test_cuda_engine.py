@@ -79,6 +79,42 @@ def test_repeats_are_equal(llm: LLM, repeats: int) -> None:
         assert workload(llm) == first
 
 
+@pytest.mark.parametrize("name", ["send_stream", "copy_stream"])
+def test_streams_beside_are_waited_for(llm: LLM, monkeypatch, name: str) -> None:
+    """A message that comes late, and tokens that are fetched late, when the next step is through: all as before."""
+    first, step, stream = workload(llm), llm.llm_engine.step, getattr(llm.llm_engine.runner, name)
+
+    def late() -> list[RequestOutput]:
+        with stream:
+            torch.cuda._sleep(2 * 10**6)  # clocks: 1 ms, in which a step runs several times
+        return step()
+
+    monkeypatch.setattr(llm.llm_engine, "step", late)
+    assert workload(llm) == first
+
+
+def test_blocks_come_in_as_many_messages_as_they_need(monkeypatch) -> None:
+    """Few requests' messages have room for 20 new blocks, many's for 80; four prompts of one step need 52."""
+    prompts = [[(7 * i + j) % 1000 + 5 for j in range(50)] for i in range(4)]
+    params, tokens, ahead = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True), [], []
+    for max_num_seqs in (4, 64):
+        options = {"dtype": "float32", "max_num_seqs": max_num_seqs, "max_model_len": 64, "block_size": 4}
+        with LLM(DEMO, kv_cache_memory_bytes=2**26, **options) as llm:
+            table, kinds = llm.llm_engine.runner.table, list[bool]()
+            messages = table.messages
+
+            def counted(step, into, messages=messages, kinds=kinds) -> Iterator[tuple[int, bool]]:
+                for size, last in messages(step, into):
+                    kinds.append(last)
+                    yield size, last
+
+            monkeypatch.setattr(table, "messages", counted)
+            tokens.append([out["token_ids"] for out in llm.generate(prompts, params, use_tqdm=False)])
+            ahead.append(kinds.count(False))
+    assert ahead == [2, 0]
+    assert tokens[0] == tokens[1]
+
+
 def push_away(prompt: list[int], output: list[int], logits: torch.Tensor) -> torch.Tensor:
     logits[prompt + output] -= 2
     return logits
