@@ -27,7 +27,8 @@ from nanoinfer.bench.target import Target
 
 Event = dict[str, Any]  # of a trace
 
-STEPS = 12
+STEPS = 12  # under the profiler
+PLAIN_STEPS = 60  # without it, timed three times: of so many, waiting for the last one is a small part
 KINDS = {
     "linear": r"thin_linear|linear|nvjet|gemm|cutlass|cublas|splitK",
     "attention": r"decode|prefill|merge|attention",
@@ -76,8 +77,9 @@ def measure(target: Target, options: Options, batch: int, context: int) -> Profi
     if target.device != "cuda":
         raise SystemExit("profile needs a CUDA device: it shows what runs on a GPU")
     engine = open_engine(target, {"max_num_seqs": batch, **options})
-    begin_to_decode(engine, batch, context, 8 * STEPS)
-    plain_us = 1e6 / STEPS * median(timed(lambda: [engine.step() for _ in range(STEPS)], "cuda") for _ in range(3))
+    begin_to_decode(engine, batch, context, 4 * PLAIN_STEPS)
+    steps = range(PLAIN_STEPS)
+    plain_us = 1e6 / PLAIN_STEPS * median(timed(lambda: [engine.step() for _ in steps], "cuda") for _ in range(3))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         for _ in range(STEPS):
             engine.step()
