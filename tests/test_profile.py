@@ -12,11 +12,12 @@ LAYER = [("decode_kernel<bf16, 64>", 0, 4), ("rms_norm_kernel<8>", 3, 6), ("nvje
 
 
 def make_trace(steps: int, length: float = 100.0) -> list[dict]:
-    """Steps of a message and two layers; a CPU event and a mark that do not count."""
+    """Steps of a message and two layers, beside which the next message comes; a CPU event and a mark do not count."""
     events: list[dict] = [{"cat": "cpu_op", "name": "aten::mm", "ts": 0, "dur": 5}, {"name": "mark", "ts": 1}]
     for step in range(steps):
         origin = step * length
-        events.append({"cat": "gpu_memcpy", "name": "Memcpy HtoD (Pinned -> Device)", "ts": origin, "dur": 2})
+        for name, begin in (("Memcpy DtoD (Device -> Device)", 0), ("Memcpy HtoD (Pinned -> Device)", 31)):
+            events.append({"cat": "gpu_memcpy", "name": name, "ts": origin + begin, "dur": 2})
         for layer in range(2):
             events += [
                 {
@@ -32,26 +33,27 @@ def make_trace(steps: int, length: float = 100.0) -> list[dict]:
 
 def test_costs_and_idle_time_add_up_to_the_step() -> None:
     """A kernel that starts early costs what it runs on after the one before: overlaps are not counted twice."""
-    found = profile.from_events(make_trace(4), batch=8, context=128, plain_us=90.0)
+    found = profile.from_events(make_trace(4), batch=8, context=128, plain_us=90.0, steps=4)
     assert found.step_us == 100
     costs = found.costs()
     assert costs == {"idle": 82, "attention": 8, "norm": 4, "linear": 4, "other": 2}
     assert sum(costs.values()) == 100
     assert profile.table([found])[1][:4] == ["8", "128", "90", "100"]
-    assert [span.name for span in found.spans] == ["Memcpy", *["decode", "rms_norm", "nvjet_sm90_tst"] * 2]
-    assert [span.name for span in plot_profile.middle_layer(found.spans)] == ["decode", "rms_norm", "nvjet_sm90_tst"]
+    layer = ["decode", "rms_norm", "nvjet_sm90_tst"]
+    assert [span.name for span in found.spans] == ["Memcpy", *layer, "decode", "Memcpy", *layer[1:]]
+    assert [span.name for span in plot_profile.middle_layer(found.spans)] == layer
 
 
 def test_the_step_shown_is_a_typical_one() -> None:
     """Neither the slowest nor the fastest."""
     events = make_trace(2) + [event | {"ts": event["ts"] + 200} for event in make_trace(2, 300.0)]
     events += [event | {"ts": event["ts"] + 600} for event in make_trace(2)]
-    assert profile.from_events(events, 1, 1, 90.0).step_us == 100
+    assert profile.from_events(events, 1, 1, 90.0, 6).step_us == 100
 
 
-def test_a_trace_without_steps_is_refused() -> None:
-    with pytest.raises(SystemExit, match="the trace shows 1 steps"):
-        profile.from_events(make_trace(1), 1, 1, 90.0)
+def test_a_trace_of_other_steps_is_refused() -> None:
+    with pytest.raises(SystemExit, match="the trace shows 4 steps, expected 5"):
+        profile.from_events(make_trace(4), 1, 1, 90.0, 5)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +68,7 @@ def test_names_are_the_functions_own(name: str, short: str) -> None:
 
 def test_a_timeline_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    profiles = [profile.from_events(make_trace(4), batch, 128, 90.0) for batch in (1, 256)]
+    profiles = [profile.from_events(make_trace(4), batch, 128, 90.0, 4) for batch in (1, 256)]
     plot_profile.plot_profile(str(tmp_path / "step.png"), "a card", profiles)
     assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
 

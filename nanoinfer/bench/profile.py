@@ -28,7 +28,7 @@ from nanoinfer.bench.target import Target
 Event = dict[str, Any]  # of a trace
 
 STEPS = 12  # under the profiler
-PLAIN_STEPS = 60  # without it, timed three times: of so many, waiting for the last one is a small part
+PLAIN_STEPS = 40  # without it, timed three times: of so many, waiting for the last one is a small part
 KINDS = {
     "linear": r"thin_linear|linear|nvjet|gemm|cutlass|cublas|splitK",
     "attention": r"decode|prefill|merge|attention",
@@ -80,6 +80,8 @@ def measure(target: Target, options: Options, batch: int, context: int) -> Profi
     begin_to_decode(engine, batch, context, 4 * PLAIN_STEPS)
     steps = range(PLAIN_STEPS)
     plain_us = 1e6 / PLAIN_STEPS * median(timed(lambda: [engine.step() for _ in steps], "cuda") for _ in range(3))
+    begin_to_decode(engine, batch, context, 2 * STEPS)  # once more: contexts have grown
+    torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         for _ in range(STEPS):
             engine.step()
@@ -88,16 +90,19 @@ def measure(target: Target, options: Options, batch: int, context: int) -> Profi
     with TemporaryDirectory() as folder:
         profiler.export_chrome_trace(f"{folder}/trace.json")
         events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
-    return from_events(events, batch, context, plain_us)
+    return from_events(events, batch, context, plain_us, STEPS)
 
 
-def from_events(events: Sequence[Event], batch: int, context: int, plain_us: float) -> Profile:
-    """The step of median length among those in a trace. A step begins with its message, copied to the device."""
+def from_events(events: Sequence[Event], batch: int, context: int, plain_us: float, steps: int) -> Profile:
+    """The step of median length among those in a trace, of which there are to be `steps`, at least 3.
+
+    A step begins where its message, which came while the one before ran, is moved to where the graphs read it.
+    """
     kinds = ("kernel", "gpu_memcpy", "gpu_memset")
     shown = sorted((event for event in events if event.get("cat") in kinds), key=lambda event: event["ts"])
-    begins = [i for i, event in enumerate(shown) if "HtoD" in event["name"]]
-    if len(begins) < 3:
-        raise SystemExit(f"the trace shows {len(begins)} steps, expected {STEPS}: is another profiler attached?")
+    begins = [i for i, event in enumerate(shown) if "DtoD" in event["name"]]
+    if len(begins) != steps:
+        raise SystemExit(f"the trace shows {len(begins)} steps, expected {steps}: is another profiler attached?")
     lengths = [shown[b]["ts"] - shown[a]["ts"] for a, b in pairwise(begins)]
     typical = median(lengths)
     chosen = min(range(len(lengths)), key=lambda i: abs(lengths[i] - typical))
