@@ -238,7 +238,7 @@ def _sampling_cases(step: Step, logits: Tensor, vocab: int) -> Iterator[Case]:
 def flush_bytes(device: torch.device) -> int:
     """Twice the largest cache."""
     if device.type == "cuda":  # and long enough for the host to have sent the op while the device still writes
-        return max(2 * torch.cuda.get_device_properties(device).L2_cache_size, 2**28)
+        return max(2 * torch.cuda.get_device_properties(device).L2_cache_size, 2**30)
     sizes = [int(file.read_text().strip().removesuffix("K")) * 1024
              for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]  # fmt: skip
     return min(2 * max(sizes, default=2**27), MAX_FLUSH_BYTES)
