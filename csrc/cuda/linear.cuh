@@ -16,11 +16,11 @@
 // of a head of queries, keys or values, and the 8 that these make pairs with.
 //
 // A Qwen2 layer's ops besides attention, one captured after the other, us a layer on an H200, bf16, with these products
-// (of 16 rows, tile_linear's where tiles.py says so) / with cuBLAS's, SiLU and rotation by themselves, in earlier code:
+// (tile_linear's where tiles.py says so) / with cuBLAS's, SiLU and rotation by themselves, in earlier code:
 //   rows      0.5B           1.5B             7B
-//      1   15.5 / 29.2    32.1 / 47.3    126.8 / 136.6
-//      8   17.6 / 29.2    33.5 / 46.3    131.3 / 139.4
-//     16   19.8 / 29.6    34.1 / 47.2    131.5 / 141.1
+//      1   15.0 / 29.2    31.6 / 47.3    128.4 / 136.6
+//      8   17.2 / 29.2    33.3 / 46.3    124.8 / 139.4
+//     16   19.1 / 29.6    33.9 / 47.2    131.7 / 141.1
 // The weights alone, at 4.25 TB/s: 7.0, 22.0 and 109.7.
 //
 // Floats, which only tests and reference runs use, take plain multiplications, a warp for each weight row.
