@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from nanoinfer import ops
 from nanoinfer.batch import Batch
-from nanoinfer.engine.request_table import RequestTable
+from nanoinfer.engine.request_table import RequestTable, Sections
 from nanoinfer.engine.rows import Ints, Step
 from nanoinfer.engine.sequence import ToldByPlace
 from nanoinfer.engine.special import Special
@@ -143,13 +144,18 @@ class ModelRunner:
         shape = StepShape.of(step)
         with torch.inference_mode():
             batch = self.batch(shape)
-            for _, last in self.table.messages(step, self.table.arrays(self.message)):
+            for _, last in self.table.messages(step, self.written):
                 self.apply(batch if last else self.batch(EMPTY_STEP))
             special = self.special(step)
             self.sample(batch, self.model(batch, self.kv_layers), special)
             if special is not None:
                 special.fetch(lambda tensor: tensor)
         return StepHandle(step, self.sampled[: shape.num_samples].clone(), wait=lambda: None, special=special)
+
+    @cached_property
+    def written(self) -> Sections:
+        """The message as the host writes it, where it is in the host's memory."""
+        return self.table.arrays(self.message)
 
     def special(self, step: Step) -> Special | None:
         return Special(step, self.vocab_size, self.upload) if step.special.any() else None
