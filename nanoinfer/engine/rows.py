@@ -31,7 +31,7 @@ class Chunk(NamedTuple):
 
 
 def indices(where: Flags) -> list[int]:
-    """Indices of what is set. numpy's own flatnonzero is Python: a step asks nine times, which took it 18 us more."""
+    """Indices of what is set. numpy's own flatnonzero is Python: a step asks nine times, which took it 8 us more."""
     return where.nonzero()[0].tolist()
 
 
