@@ -12,12 +12,17 @@ LAYER = [("decode_kernel<bf16, 64>", 0, 4), ("rms_norm_kernel<8>", 3, 6), ("nvje
 
 
 def make_trace(steps: int, length: float = 100.0) -> list[dict]:
-    """Steps of a message and two layers, beside which the next message comes; a CPU event and a mark do not count."""
+    """Steps of a message and two layers, beside which the last tokens leave and the next message comes; a CPU event and
+    a mark, which do not count."""
     events: list[dict] = [{"cat": "cpu_op", "name": "aten::mm", "ts": 0, "dur": 5}, {"name": "mark", "ts": 1}]
     for step in range(steps):
         origin = step * length
-        for name, begin in (("Memcpy DtoD (Device -> Device)", 0), ("Memcpy HtoD (Pinned -> Device)", 31)):
-            events.append({"cat": "gpu_memcpy", "name": name, "ts": origin + begin, "dur": 2})
+        for way, begin in (
+            ("DtoD (Device -> Device)", 0),
+            ("DtoH (Device -> Pinned)", 31),
+            ("HtoD (Pinned -> Device)", 31),
+        ):
+            events.append({"cat": "gpu_memcpy", "name": f"Memcpy {way}", "ts": origin + begin, "dur": 2})
         for layer in range(2):
             events += [
                 {
@@ -40,7 +45,7 @@ def test_costs_and_idle_time_add_up_to_the_step() -> None:
     assert sum(costs.values()) == 100
     assert profile.table([found])[1][:4] == ["8", "128", "90", "100"]
     layer = ["decode", "rms_norm", "nvjet_sm90_tst"]
-    assert [span.name for span in found.spans] == ["Memcpy", *layer, "decode", "Memcpy", *layer[1:]]
+    assert [span.name for span in found.spans] == ["Memcpy", *layer, "decode", "Memcpy", "Memcpy", *layer[1:]]
     assert [span.name for span in plot_profile.middle_layer(found.spans)] == layer
 
 
